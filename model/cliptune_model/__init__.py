@@ -1,0 +1,1 @@
+"""The CLIP runtime that engine and trainer share."""

@@ -1,0 +1,1 @@
+"""Generated: the links between daemon, engine and trainer."""

@@ -1,0 +1,1 @@
+"""Generated: the public wire contract, `proto/cliptune/v1`."""

@@ -1,0 +1,1 @@
+"""The daemon (torch-free) and its engine process."""

@@ -1,0 +1,1 @@
+"""Train on real images through the daemon, from set-up to served model."""
