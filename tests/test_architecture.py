@@ -1,0 +1,149 @@
+"""The picture of the house, held against the imports of the code."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {
+    "cliptune": ROOT / "sdk" / "cliptune",
+    "cliptune_model": ROOT / "model" / "cliptune_model",
+    "cliptune_server": ROOT / "server" / "cliptune_server",
+    "cliptune_trainer": ROOT / "trainer" / "cliptune_trainer",
+}
+ROOMS = set(FOLDERS)
+MAY_IMPORT = {
+    "cliptune": set(),
+    "cliptune_model": {"cliptune"},
+    "cliptune_server": {"cliptune", "cliptune_model"},
+    "cliptune_trainer": {"cliptune", "cliptune_model"},
+}
+TORCH_WORLD = {
+    "torch",
+    "torchvision",
+    "open_clip",
+    "timm",
+    "safetensors",
+    "PIL",
+    "cliptune_model",
+    "cliptune_trainer",
+}
+# What the light client may import when its modules are loaded. Anything else is imported inside a function.
+CLIENT_IMPORTS = {"cliptune", "grpc", "google", "numpy", "opentelemetry"}
+
+
+def sources(room: str) -> list[Path]:
+    return sorted(FOLDERS[room].rglob("*.py"))
+
+
+def imported(path: Path, *, top_level_only: bool = False) -> set[str]:
+    """Dotted names that a file imports; `top_level_only`: none inside functions or TYPE_CHECKING."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            return
+        if top_level_only and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(node.module or "")
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return names
+
+
+def roots(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
+    for path in sources(room):
+        above = (roots(imported(path)) & ROOMS) - MAY_IMPORT[room] - {room}
+        assert not above, f"{path.relative_to(ROOT)} imports {sorted(above)}"
+
+
+def test_the_daemon_part_of_the_server_never_imports_torch_or_the_model_room() -> None:
+    engine = FOLDERS["cliptune_server"] / "engine"
+    for path in sources("cliptune_server"):
+        names = imported(path)
+        if engine not in path.parents:
+            assert not roots(names) & TORCH_WORLD, (
+                f"{path.relative_to(ROOT)}: {sorted(roots(names) & TORCH_WORLD)}"
+            )
+            inside = {
+                name
+                for name in names
+                if name.startswith("cliptune_server.engine.") or name == "cliptune_server.engine"
+            }
+            assert not inside, f"{path.relative_to(ROOT)} reaches into the engine process: {inside}"
+
+
+def test_the_engine_never_imports_the_daemon() -> None:
+    engine = FOLDERS["cliptune_server"] / "engine"
+    for path in sorted(engine.rglob("*.py")):
+        outside = {
+            name
+            for name in imported(path)
+            if name.startswith("cliptune_server") and not name.startswith("cliptune_server.engine")
+        }
+        assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
+
+
+def test_the_client_imports_nothing_heavy_when_loaded() -> None:
+    import sys
+
+    allowed = CLIENT_IMPORTS | set(sys.stdlib_module_names)
+    for path in sources("cliptune"):
+        heavy = roots(imported(path, top_level_only=True)) - allowed
+        assert not heavy, f"{path.relative_to(ROOT)} imports {sorted(heavy)} when loaded"
+
+
+def test_faces_hold_no_logic_of_each_other() -> None:
+    rpc, gateway = FOLDERS["cliptune_server"] / "rpc", FOLDERS["cliptune_server"] / "gateway"
+    assert sorted(rpc.glob("*.py"))
+    assert sorted(gateway.glob("*.py"))
+    for path in rpc.rglob("*.py"):
+        assert not {n for n in imported(path) if n.startswith("cliptune_server.gateway")}, path
+    for path in gateway.rglob("*.py"):
+        assert not {n for n in imported(path) if n.startswith("cliptune_server.rpc")}, path
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_modules_of_a_room_do_not_import_in_a_circle(room: str) -> None:
+    base = FOLDERS[room].parent
+    modules = {
+        ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sources(room)
+    }
+    graph = {
+        name: {
+            target for target in imported(path, top_level_only=True) if target in modules and target != name
+        }
+        for name, path in modules.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for target in graph[name]:
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_no_room_is_called_utils() -> None:
+    nameless = {"utils.py", "helpers.py", "misc.py", "common.py"}
+    assert not [path for room in ROOMS for path in sources(room) if path.name in nameless]
