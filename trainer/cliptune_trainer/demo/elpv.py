@@ -1,12 +1,12 @@
 """Image-caption pairs from the ELPV data set of solar cells, for the demo and for benchmarks.
 
-Enters: the installed package `elpv-dataset` (2,624 electroluminescence images, CC BY-NC-SA 4.0; Deitsch et al.
-2019, 2021; Buerhop-Lutz et al. 2018). Leaves: one CSV with columns image, caption, label, split, block. The
+Enters: the installed package `elpv-dataset` (2,624 electroluminescence images, CC BY-NC-SA 4.0; Deitsch et
+al. 2019, 2021; Buerhop-Lutz et al. 2018). Leaves: one CSV with columns image, caption, label, split, block. The
 images stay where pip put them: nothing is copied and nothing is redistributed.
 
-Neighbouring cells were cut from one module, so a random split would test on modules that training saw. Rows are
-therefore split by blocks: runs of 60 cells of one type, which is the size of the modules wherever the order of the
-file shows it. Module borders are not in the data, so a few modules may still have cells in two blocks.
+Neighbouring cells were cut from one module, so a random split would test on modules that training saw. Rows
+are therefore split by blocks: runs of 60 cells of one type, which is the size of the modules wherever the
+order of the file shows it. Module borders are not in the data: a few modules may have cells in two blocks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Cell:
 
     @property
     def caption(self) -> str:
-        """Training rows take the templates in turn; others the first, so that like cells match in retrieval."""
+        """Training rows take the templates in turn; others the first, so that like cells match."""
         template = TEMPLATES[self.index % len(TEMPLATES)] if self.split == "train" else TEMPLATES[0]
         return template.format(condition=CONDITIONS[self.defect_thirds], type=TYPES[self.type])
 
@@ -77,12 +77,15 @@ def installed_folder() -> Path:
 
 def read_cells(folder: Path) -> list[Cell]:
     """Every cell of `folder`/labels.csv, in the file's order (which follows the modules)."""
-    cells = []
+    cells: list[Cell] = []
+    block, block_type, block_size = -1, "", 0
     for index, line in enumerate((folder / "labels.csv").read_text(encoding="utf-8").splitlines()):
         image, probability, cell_type = line.split()
-        cells.append(
-            Cell(image=image, type=cell_type, defect_thirds=round(float(probability) * 3), index=index)
-        )
+        if cell_type != block_type or block_size == CELLS_PER_BLOCK:
+            block, block_type, block_size = block + 1, cell_type, 0
+        block_size += 1
+        thirds = round(float(probability) * 3)
+        cells.append(Cell(image=image, type=cell_type, defect_thirds=thirds, index=index, block=block))
     return cells
 
 
