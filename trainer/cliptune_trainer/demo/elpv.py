@@ -1,7 +1,7 @@
 """Image-caption pairs from the ELPV data set of solar cells, for the demo and for benchmarks.
 
-Enters: the installed package `elpv-dataset` (2,624 electroluminescence images, CC BY-NC-SA 4.0; Deitsch et
-al. 2019, 2021; Buerhop-Lutz et al. 2018). Leaves: one CSV with columns image, caption, label, split, block. The
+Enters: the installed package `elpv-dataset` (2,624 electroluminescence images, CC BY-NC-SA 4.0; Deitsch
+et al. 2019, 2021; Buerhop-Lutz et al. 2018). Leaves: one CSV: image, caption, label, split, block. The
 images stay where pip put them: nothing is copied and nothing is redistributed.
 
 Neighbouring cells were cut from one module, so a random split would test on modules that training saw. Rows
