@@ -1,0 +1,1 @@
+"""The command line `cliptune`: one verb a module, gathered from entry points by `main`."""
