@@ -1,7 +1,7 @@
 """Small real data sets in a folder: images on disk and the CSV that names them.
 
-`write_shapes` draws every colour × shape in turn with captions and labels; `write_csv` writes any rows, so that
-a test can break one. Called by tests of data loading, training and the daemon.
+`write_shapes` draws every colour × shape in turn with captions and labels; `write_csv` writes any rows, so
+that a test can break one. Called by tests of data loading, training and the daemon.
 """
 
 from __future__ import annotations

@@ -1,0 +1,90 @@
+"""What a daemon is told when it starts: read once, checked once, never changed.
+
+Enters: values from the command line (`cli.py`) or a test. Leaves: a frozen `ServerConfig` that `daemon.py`
+hands on in parts. A wrong value is reported as `InvalidInputError` with the value in it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from cliptune.errors import InvalidInputError
+
+DEFAULT_HOST: Final = "127.0.0.1"
+DEFAULT_GRPC_PORT: Final = 50051
+DEFAULT_HTTP_PORT: Final = 8000
+_DEVICE_RULE: Final = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may hold and how long a connection may be silent."""
+
+    message_bytes: int = 256 * 1024 * 1024
+    """Largest gRPC message or HTTP body, either way."""
+    keepalive_s: float = 30.0
+    """A gRPC connection this long without traffic is asked whether it still lives."""
+    keepalive_min_ping_s: float = 5.0
+    """A client that asks more often than this is dropped."""
+
+    def __post_init__(self) -> None:
+        if self.message_bytes < 1024 * 1024:
+            raise InvalidInputError(
+                f"limits.message_bytes is {self.message_bytes}; at least {1024 * 1024} are needed"
+            )
+        if self.keepalive_s <= 0 or self.keepalive_min_ping_s <= 0:
+            raise InvalidInputError(
+                f"keepalive times must be above 0 s, not {self.keepalive_s} and {self.keepalive_min_ping_s}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerConfig:
+    """One daemon."""
+
+    home: Path
+    """Folder with all of its state."""
+    host: str = DEFAULT_HOST
+    """Address to listen on; "0.0.0.0" opens it to the network, which has no authentication."""
+    grpc_port: int = DEFAULT_GRPC_PORT
+    """0: any free port."""
+    http_port: int = DEFAULT_HTTP_PORT
+    """0: any free port."""
+    device: str = "auto"
+    """Device of the engine: "auto", "cpu", "mps", "cuda" or "cuda:N"."""
+    threads: int | None = None
+    """CPU threads of the engine. None: it chooses."""
+    data_roots: tuple[Path, ...] = ()
+    """Folders that jobs may read from, beside the home's own uploads and models."""
+    grace_s: float = 30.0
+    """Time that a stop gives to calls in flight and to trainers that checkpoint."""
+    log_level: str = "info"
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        for name, port in (("gRPC", self.grpc_port), ("HTTP", self.http_port)):
+            if not 0 <= port <= 65535:
+                raise InvalidInputError(f"the {name} port must be 0 to 65535, not {port}", port=port)
+        if self.grpc_port and self.grpc_port == self.http_port:
+            raise InvalidInputError(f"gRPC and HTTP cannot share port {self.grpc_port}", port=self.grpc_port)
+        if not self.host:
+            raise InvalidInputError("the host is empty; 127.0.0.1 listens on this machine alone")
+        if not _DEVICE_RULE.fullmatch(self.device):
+            allowed = "auto, cpu, mps, cuda, cuda:N"
+            raise InvalidInputError(f"device {self.device!r} is none of {allowed}", allowed=allowed)
+        if self.threads is not None and self.threads < 1:
+            raise InvalidInputError(f"threads must be at least 1, not {self.threads}")
+        if self.grace_s < 0:
+            raise InvalidInputError(f"grace_s must not be negative, and is {self.grace_s}")
+        object.__setattr__(self, "home", self.home.expanduser().absolute())
+        object.__setattr__(self, "data_roots", tuple(_folder(root) for root in self.data_roots))
+
+
+def _folder(path: Path) -> Path:
+    resolved = path.expanduser().resolve()
+    if not resolved.is_dir():
+        raise InvalidInputError(f"the data root {path} is not a folder", path=path)
+    return resolved
