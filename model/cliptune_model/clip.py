@@ -1,0 +1,176 @@
+"""A loaded CLIP: the two towers, and what surrounds them (transform, tokeniser, sizes).
+
+Enters: a `ModelSource`. Leaves: a `Clip`, called by the trainer (with gradients) and by the engine (without).
+The model is open_clip's own, so whatever is computed here equals plain open_clip.
+
+Shape suffixes: B batch, C channels, H height, W width, L tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import open_clip
+import PIL.Image
+import torch
+from cliptune.errors import InvalidInputError, WeightsUnavailableError
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
+from cliptune_model.tokens import check_text, without_waste
+
+
+@dataclass(kw_only=True, slots=True)
+class Clip:
+    """A CLIP model with everything needed to use it. `build` makes it; the model may be trained in place.
+
+    Attributes:
+        model: open_clip's CLIP or CustomTextCLIP with fp32 weights, in evaluation mode when built.
+        model_config: open_clip's form, as `open_clip_config.json` holds it under "model_cfg".
+        preprocess_config: open_clip's form, under "preprocess_cfg".
+        architecture: open_clip's name, or "custom".
+        context_length: tokens of a text, L.
+        embedding_dim: D.
+        image_size: (height, width) in pixels that the image tower takes.
+        pretrained: the weights came from a source; otherwise they are random.
+    """
+
+    model: nn.Module
+    model_config: dict[str, Any] = field(repr=False)
+    preprocess_config: dict[str, Any] = field(repr=False)
+    architecture: str
+    context_length: int
+    embedding_dim: int
+    image_size: tuple[int, int]
+    pretrained: bool
+    transform: Callable[[PIL.Image.Image], Tensor] = field(repr=False)
+    tokenizer: Callable[[list[str]], Tensor] = field(repr=False)
+
+    def encode_images(self, images_BCHW: Tensor) -> Tensor:
+        """[B, 3, H, W] preprocessed → [B, D] fp32, not normalised."""
+        return cast(Tensor, self.model.encode_image(images_BCHW, normalize=False)).float()  # type: ignore[operator]
+
+    def encode_texts(self, tokens_BL: Tensor) -> Tensor:
+        """[B, L] int64 → [B, D] fp32, not normalised."""
+        return cast(Tensor, self.model.encode_text(tokens_BL, normalize=False)).float()  # type: ignore[operator]
+
+    @property
+    def logit_scale(self) -> float:
+        """What similarities are multiplied by before a softmax: exp of the learned parameter."""
+        return float(cast(Tensor, self.model.logit_scale).detach().float().exp())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Texts → [B, L] int64 on the CPU; longer texts are cut as open_clip cuts them.
+
+        Raises:
+            TextError: a text is empty or too long.
+        """
+        for text in texts:
+            check_text(text)
+        if not texts:
+            return torch.zeros(0, self.context_length, dtype=torch.int64)
+        return self.tokenizer(list(texts))
+
+    def preprocess(self, image: PIL.Image.Image) -> Tensor:
+        """open_clip's evaluation transform: any image → [3, H, W] float32 on the CPU."""
+        return self.transform(image)
+
+
+def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
+    """Build a CLIP and load its weights, in evaluation mode.
+
+    Random weights depend on `seed` alone, also on other devices; the process's random state is left as it was.
+
+    Raises:
+        InvalidInputError: unknown architecture or tag, or weights that are damaged or do not fit.
+        ModelNotFoundError: the folder of "local-dir:" does not exist.
+        WeightsUnavailableError: the hub cannot be reached; the message names the offline ways.
+        ConflictError: the architecture needs a package that is not installed.
+    """
+    recipe = resolve(source)
+    with _no_root_handler(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = _create(recipe)
+        try:
+            tokenizer = open_clip.get_tokenizer(recipe.name)
+        except OSError as error:
+            raise WeightsUnavailableError(
+                f"the tokeniser of {recipe.name!r} could not be fetched ({error}). {OFFLINE_WAYS}"
+            ) from error
+    preprocess_config = deepcopy(model.visual.preprocess_cfg)
+    text_config = recipe.model_config["text_cfg"]
+    return Clip(
+        model=model.to(device).eval(),
+        model_config=recipe.model_config,
+        preprocess_config=preprocess_config,
+        architecture=recipe.architecture,
+        context_length=int(text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)),
+        embedding_dim=int(recipe.model_config["embed_dim"]),
+        image_size=_pair(model.visual.image_size),
+        pretrained=recipe.pretrained_weights,
+        transform=image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False),
+        tokenizer=without_waste(tokenizer),
+    )
+
+
+def _create(recipe: Recipe) -> Any:
+    try:
+        return open_clip.create_model(
+            recipe.name,
+            recipe.pretrained,
+            force_quick_gelu=recipe.force_quick_gelu,
+            pretrained_text=False,  # "random" means random, also for text towers that a hub has weights for
+            require_pretrained=recipe.pretrained_weights,
+            weights_only=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise InvalidInputError(
+            f"the weights of {recipe.pretrained or recipe.name!r} are damaged or hold more than tensors, which may "
+            "run code and is not loaded; convert them to safetensors"
+        ) from error
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AssertionError,
+        EOFError,
+        SafetensorError,
+    ) as error:
+        what = recipe.pretrained or recipe.name
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InvalidInputError(
+            f"{what!r} does not load as {recipe.architecture}: {' '.join(line.strip() for line in lines[:3])[:500]}"
+        ) from error
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+@contextmanager
+def _no_root_handler() -> Iterator[None]:
+    """open_clip logs through the root logger, which would install a handler where the program has none."""
+    root = logging.getLogger()
+    if root.handlers:
+        yield
+        return
+    silence = logging.NullHandler()
+    root.addHandler(silence)
+    try:
+        yield
+    finally:
+        root.removeHandler(silence)
