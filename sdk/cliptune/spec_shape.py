@@ -1,0 +1,182 @@
+"""The shape of a job spec: which values its fields may have.
+
+In: a `JobSpec`. Out: nothing, or a `SpecError` that names the field and what is allowed. Called by the SDK
+before anything is sent and by the daemon at submission, so it needs no data, no model and no network; what a
+value means (does the file exist, is the architecture known) is found out while the job prepares.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, Final, NamedTuple, Protocol
+
+from google.protobuf.message import Message
+
+from cliptune.errors import SpecError
+from cliptune.v1 import spec_pb2
+
+# Becomes part of a folder's name and of a model reference NAME:VERSION, NAME@ALIAS.
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+NAME_RULE: Final = "a letter or digit, then at most 63 letters, digits, '-', '_' or '.'"
+_DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
+
+
+class Rule(Protocol):
+    """Says what is allowed, and whether a value is."""
+
+    @property
+    def allowed(self) -> str:
+        """What may stand here, for a person."""
+
+    def holds(self, value: Any) -> bool:
+        """Whether `value`, of the field's own type, may stand here."""
+
+
+class Range(NamedTuple):
+    """Numbers from `low`, itself in or out, to `high`."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """Such as "> 0 and <= 10"."""
+        low = f"{'>' if self.open_low else '>='} {self.low:g}"
+        return low if self.high == math.inf else f"{low} and <= {self.high:g}"
+
+    def holds(self, value: Any) -> bool:
+        """NaN and infinity never hold."""
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high and math.isfinite(value)
+
+
+class Choice(NamedTuple):
+    """One of a few words."""
+
+    words: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """The words."""
+        return ", ".join(self.words)
+
+    def holds(self, value: Any) -> bool:
+        """Case matters."""
+        return value in self.words
+
+
+class Pattern(NamedTuple):
+    """A text of a certain form."""
+
+    regex: re.Pattern[str]
+    allowed: str
+
+    def holds(self, value: Any) -> bool:
+        """The whole text, not a part of it."""
+        return self.regex.fullmatch(value) is not None
+
+
+_AT_LEAST_ONE: Final = Range(1)
+_NAMED: Final = Pattern(_NAME, NAME_RULE)
+
+# A field that is left out is never checked: its default is the trainer's.
+RULES: Final[dict[str, Rule]] = {
+    "name": _NAMED,
+    "data.validation_fraction": Range(0, 0.9),
+    "data.max_bad_fraction": Range(0, 1),
+    "data.augmentation": Choice(("none", "flip", "crop")),
+    "data.workers": Range(0, 256),
+    "train.epochs": _AT_LEAST_ONE,
+    "train.max_steps": _AT_LEAST_ONE,
+    "train.batch_size": Range(2),  # one pair has nothing to contrast with
+    "train.learning_rate": Range(0, 10, open_low=True),
+    "train.weight_decay": Range(0, 10),
+    "train.warmup_fraction": Range(0, 1),
+    "train.schedule": Choice(("cosine", "linear", "constant")),
+    "train.clip_norm": Range(0),
+    "train.precision": Choice(("auto", "fp32", "bf16", "fp16")),
+    "train.progress_every_steps": _AT_LEAST_ONE,
+    "loss.name": Choice(("infonce", "multi_positive")),
+    "evaluation.every_epochs": Range(0),
+    "evaluation.batch_size": _AT_LEAST_ONE,
+    "checkpoint.every_steps": _AT_LEAST_ONE,
+    "checkpoint.keep": _AT_LEAST_ONE,
+    "publish.model": _NAMED,
+    "resources.device": Pattern(_DEVICE, "auto, cpu, mps, cuda, cuda:N"),
+    "resources.threads": Range(1, 1024),
+    "resources.max_retries": Range(0, 100),
+}
+REQUIRED: Final = ("name", "model.name", "data.train")
+
+
+def validate_shape(spec: spec_pb2.JobSpec) -> None:
+    """`SpecError` for the first field that is missing or out of range. Metadata: `path`, `allowed`."""
+    for path in REQUIRED:
+        if not _value(spec, path):
+            raise SpecError(f"{path} is missing", path=path, allowed=_allowed(path))
+    for path, rule in RULES.items():
+        value = _value(spec, path)
+        if value is not None and not rule.holds(value):
+            raise wrong_value(path, value, rule.allowed)
+    _check_model(spec.model.name)
+    _check_classes(spec.evaluation.classes)
+    for index, alias in enumerate(spec.publish.aliases):
+        if not _NAMED.holds(alias):
+            raise wrong_value(f"publish.aliases[{index}]", alias, NAME_RULE)
+
+
+def wrong_value(path: str, value: object, allowed: str) -> SpecError:
+    """The error of a field whose value may not stand there."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return SpecError(f"{path} is {shown}; allowed: {allowed}", path=path, allowed=allowed)
+
+
+def _value(spec: spec_pb2.JobSpec, path: str) -> Any:
+    """The field's value; None when it was left out."""
+    node: Any = spec
+    *parents, leaf = path.split(".")
+    for parent in parents:
+        node = getattr(node, parent)
+    if not isinstance(node, Message):
+        raise TypeError(path)
+    field = node.DESCRIPTOR.fields_by_name[leaf]
+    if field.has_presence:
+        return getattr(node, leaf) if node.HasField(leaf) else None
+    return getattr(node, leaf) or None
+
+
+def _allowed(path: str) -> str:
+    if path in RULES:
+        return RULES[path].allowed
+    return {
+        "model.name": "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH or registry:NAME",
+        "data.train": "the path of a CSV or TSV file with a header row",
+    }[path]
+
+
+def _check_model(name: str) -> None:
+    scheme, colon, rest = name.partition(":")
+    if colon and (scheme not in ("hf-hub", "local-dir", "registry") or not rest):
+        raise wrong_value("model.name", name, _allowed("model.name"))
+
+
+def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:
+    seen: dict[str, int] = {}
+    for index, group in enumerate(classes):
+        path = f"evaluation.classes[{index}]"
+        if not group.label.strip():
+            raise wrong_value(f"{path}.label", group.label, "a text that is not empty")
+        if group.label in seen:
+            raise wrong_value(
+                f"{path}.label", group.label, f"a label other than classes[{seen[group.label]}]'s"
+            )
+        seen[group.label] = index
+        for place, prompt in enumerate(group.prompts):
+            if not prompt.strip():
+                raise wrong_value(f"{path}.prompts[{place}]", prompt, "a text that is not empty")
+    if len(seen) == 1:
+        raise wrong_value("evaluation.classes", list(seen), "none, or at least two classes")
