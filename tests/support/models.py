@@ -43,7 +43,7 @@ def publish_test_model(
 ) -> PublishedModel:
     """Publish the model of this seed as the next version of `name` into a home; no daemon may run on it.
 
-    `serve`: the daemon that starts next loads it, under its first alias or else under its name, before it says
+    `serve`: the daemon that starts next loads it, under its first alias or else its name, before it says
     that it is ready.
     """
     files = ModelFiles(home / "models")
