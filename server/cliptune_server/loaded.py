@@ -1,0 +1,123 @@
+"""The models that the engine holds: which version a reference means, and who is using it.
+
+Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded version,
+leased to the request until it is answered. A version that is to be unloaded is first hidden from new requests,
+then waited for: that is what makes a hot swap free of failures. Everything is in memory and on the event
+loop, so that finding a model costs a request nothing. Changed by `models.py`; asked by `router.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+
+from cliptune.errors import InvalidInputError, ModelStateError
+
+from cliptune_server.model_files import PublishedModel
+from cliptune_server.registry import Reference, Registry
+
+
+class LoadedModels:
+    """Implements the router's `Catalog`."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._models: dict[str, PublishedModel] = {}
+        self._aliases: dict[str, dict[str, int]] = {}
+        self._leases: Counter[str] = Counter()
+        self._answered: dict[str, asyncio.Event] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._models
+
+    def __iter__(self) -> Iterator[PublishedModel]:
+        return iter(list(self._models.values()))
+
+    def find(self, reference: Reference) -> PublishedModel | None:
+        """The loaded version that a reference means; a bare name means the newest of the loaded ones."""
+        version = reference.version
+        if reference.alias:
+            version = self._aliases.get(reference.name, {}).get(reference.alias, 0)
+        if version is not None:
+            return self._models.get(f"{reference.name}:{version}")
+        versions = [model for model in self._models.values() if model.name == reference.name]
+        return max(versions, key=lambda model: model.version, default=None)
+
+    async def resolve(self, reference: str) -> str:
+        """Key of the loaded version that a request's `model` means.
+
+        `ModelNotFoundError`: nothing of this name is published. `ModelStateError`: it is, but not loaded, or
+        the reference is empty and nothing is. `InvalidInputError`: the reference is empty and several are
+        loaded.
+        """
+        if not reference:
+            return self._only().key
+        parsed = Reference.parse(reference)
+        model = self.find(parsed)
+        if model is None:
+            published = await self._registry.find(parsed)
+            # A load may have ended, or an alias moved, while the registry was asked.
+            model = self.find(parsed)
+            if model is None:
+                raise ModelStateError(
+                    f"{reference} is published but not loaded: load it with ModelService.LoadModel, "
+                    f"POST /v1/models/{published.key}/load or `cliptune models load {reference}`",
+                    model=published.key,
+                )
+        return model.key
+
+    @asynccontextmanager
+    async def lease(self, reference: str) -> AsyncIterator[str]:
+        """As `resolve`; the version stays loaded until the block ends."""
+        key = await self.resolve(reference)
+        # No await between the look-up's end and this line: the version cannot be retired in between.
+        self._leases[key] += 1
+        try:
+            yield key
+        finally:
+            self._leases[key] -= 1
+            if not self._leases[key]:
+                del self._leases[key]
+                if key in self._answered:
+                    self._answered[key].set()
+
+    def add(self, model: PublishedModel) -> None:
+        """The engine holds this version and it answered a canary."""
+        self._models[model.key] = model
+
+    async def retire(self, key: str, limit_s: float) -> bool:
+        """Hide a version from new requests; True when those that use it were answered within `limit_s`."""
+        self._models.pop(key, None)
+        if key not in self._leases:
+            return True
+        self._answered[key] = asyncio.Event()
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._answered[key].wait()
+        except TimeoutError:
+            return False
+        finally:
+            del self._answered[key]
+        return True
+
+    def set_aliases(self, aliases: Mapping[str, Mapping[str, int]]) -> None:
+        """Replace all aliases: requests that come later follow the new ones."""
+        self._aliases = {name: dict(versions) for name, versions in aliases.items()}
+
+    def aliases(self, name: str, version: int) -> list[str]:
+        """Aliases that point at a version."""
+        return sorted(alias for alias, at in self._aliases.get(name, {}).items() if at == version)
+
+    def _only(self) -> PublishedModel:
+        if not self._models:
+            raise ModelStateError(
+                "no model is loaded: load one with `cliptune models load NAME`, or publish one from a job"
+            )
+        if len(self._models) > 1:
+            keys = ", ".join(sorted(self._models))
+            raise InvalidInputError(
+                f"several models are loaded, so the request must name one of {keys}", allowed=keys
+            )
+        return next(iter(self._models.values()))

@@ -1,0 +1,311 @@
+"""Models as users handle them: published, listed, loaded, named by aliases, swapped while requests run.
+
+Enters: finished jobs (`publish`), ModelService's messages, and the references of inference requests
+(`catalog`). Leaves: published versions, and the engine holding exactly those that are served. What is served
+is remembered as references in serving.json ("shapes@prod"), not as versions: a daemon that starts again
+serves what the alias points at then.
+
+Served is what a reference was loaded for. A version is unloaded when no served reference means it any more:
+
+    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is drained and
+    unloaded load("shapes:1"), then the same                           1 stays beside 2: it was asked for by
+    number
+
+Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the gateway,
+jobs and the router; the daemon makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError
+from cliptune.internal.v1 import engine_pb2
+from cliptune.v1 import job_pb2, model_pb2, spec_pb2
+
+from cliptune_server.home import write_json
+from cliptune_server.loaded import LoadedModels
+from cliptune_server.model_files import PublishedModel, check_name
+from cliptune_server.registry import Reference, Registry
+
+log = logging.getLogger(__name__)
+
+REGISTRY_SOURCE: Final = "registry:"
+# A request that an engine holds longer than this is stuck, and its engine about to be replaced.
+_DRAIN_LIMIT_S: Final = 60.0
+
+Result = TypeVar("Result")
+
+
+class Engines(Protocol):
+    """What is needed of the engine supervisor."""
+
+    async def load(self, key: str, path: Path) -> engine_pb2.LoadedModel:
+        """Returns when the model has answered a canary."""
+
+    async def unload(self, key: str) -> None:
+        """Waits for the model's requests in flight."""
+
+    async def status(self) -> engine_pb2.StatusResponse:
+        """Device and loaded models."""
+
+
+class Models:
+    """Publisher and ModelService's operations; `catalog` answers the router."""
+
+    def __init__(self, *, registry: Registry, engines: Engines, serving_path: Path) -> None:
+        self.catalog: Final = LoadedModels(registry)
+        self._registry = registry
+        self._engines = engines
+        self._serving_path = serving_path
+        self._served: set[Reference] = set()
+        self._device = ""
+        self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        """Rebuild the index. Loading what was served before is `restore`, which takes longer."""
+        await self._registry.start()
+        self.catalog.set_aliases(await self._registry.aliases())
+
+    async def restore(self) -> None:
+        """Load what was served when the daemon stopped.
+
+        One that cannot be loaded gets a log line: it must not keep the others from being served.
+        """
+        async with self._changing:
+            for text in await asyncio.to_thread(_read_serving, self._serving_path):
+                try:
+                    reference = Reference.parse(text)
+                    model = await self._registry.find(reference)
+                    self._served.add(reference)
+                    await self._load(model)
+                except CliptuneError as error:
+                    log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
+
+    async def stop(self) -> None:
+        """Give up the changes that are under way."""
+        for change in self._changes:
+            change.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
+
+    # --- Publisher
+
+    async def publish(
+        self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
+    ) -> job_pb2.ModelPublished:
+        """Take a job's export into the registry, set its aliases and serve it as its spec says.
+
+        The same job publishes once, however often this is called. A model that the engine cannot load now is
+        published all the same; an alias that is being served then stays where it was.
+        """
+        for alias in publish.aliases:
+            check_name(alias, "alias")
+        return await self._change(self._publish(job_id, publish, export_dir, metrics))
+
+    async def resolve_source(self, name: str) -> str:
+        """ "registry:NAME@prod" → "local-dir:/…/models/NAME/3"; any other source as it is."""
+        if not name.startswith(REGISTRY_SOURCE):
+            return name
+        model = await self._registry.find(Reference.parse(name.removeprefix(REGISTRY_SOURCE)))
+        return f"local-dir:{model.path}"
+
+    # --- ModelService
+
+    async def list(self, request: model_pb2.ListModelsRequest) -> model_pb2.ListModelsResponse:
+        """All versions, by name, newest first."""
+        if request.name:
+            check_name(request.name)
+        models = await self._registry.models(request.name)
+        return model_pb2.ListModelsResponse(models=[self._message(model) for model in models])
+
+    async def get(self, request: model_pb2.GetModelRequest) -> model_pb2.GetModelResponse:
+        """One version by reference."""
+        model = await self._registry.find(Reference.parse(request.model))
+        return model_pb2.GetModelResponse(model=self._message(model))
+
+    async def load(self, request: model_pb2.LoadModelRequest) -> model_pb2.LoadModelResponse:
+        """Serve a reference; a version that is loaded already is not loaded again."""
+        reference = Reference.parse(request.model)
+
+        async def change() -> PublishedModel:
+            model = await self._registry.find(reference)
+            await self._load(model)
+            await self._serve(reference)
+            return model
+
+        return model_pb2.LoadModelResponse(model=self._message(await self._change(change())))
+
+    async def unload(self, request: model_pb2.UnloadModelRequest) -> model_pb2.UnloadModelResponse:
+        """Stop serving a version, whatever it was loaded as. `ModelStateError` when it is not loaded."""
+        reference = Reference.parse(request.model)
+
+        async def change() -> PublishedModel:
+            model = self.catalog.find(reference)
+            if model is None:
+                published = await self._registry.find(reference)
+                raise ModelStateError(f"{published.key} is not loaded", model=published.key)
+            self._served = {served for served in self._served if self.catalog.find(served) != model}
+            await self._unload(model.key)
+            await self._remember()
+            return model
+
+        return model_pb2.UnloadModelResponse(model=self._message(await self._change(change())))
+
+    async def set_alias(self, request: model_pb2.SetAliasRequest) -> model_pb2.SetAliasResponse:
+        """Point NAME@ALIAS at a version. If the alias is served, the version is loaded before it moves."""
+        reference = Reference.parse(request.model)
+        check_name(request.alias, "alias")
+
+        async def change() -> PublishedModel:
+            model = await self._registry.find(reference)
+            named = Reference(name=model.name, alias=request.alias)
+            served = self.catalog.find(named) is not None or named in self._served
+            if served:
+                await self._load(model)
+            await self._point(model, request.alias)
+            await (self._serve(named) if served else self._settle())
+            return model
+
+        return model_pb2.SetAliasResponse(model=self._message(await self._change(change())))
+
+    async def delete_alias(self, request: model_pb2.DeleteAliasRequest) -> model_pb2.DeleteAliasResponse:
+        """Forget NAME@ALIAS; a version that was loaded as this alias alone is unloaded."""
+        named = Reference(name=check_name(request.name), alias=check_name(request.alias, "alias"))
+
+        async def change() -> None:
+            await self._registry.delete_alias(named.name, named.alias)
+            self.catalog.set_aliases(await self._registry.aliases())
+            self._served.discard(named)
+            await self._settle()
+
+        await self._change(change())
+        return model_pb2.DeleteAliasResponse()
+
+    async def delete(self, request: model_pb2.DeleteModelRequest) -> model_pb2.DeleteModelResponse:
+        """Remove a version for good. `ModelStateError` while it is loaded or an alias points at it."""
+        reference = Reference.parse(request.model)
+        if reference.version is None:
+            raise InvalidInputError(
+                f"{request.model!r} does not say which version to delete: NAME:VERSION", model=request.model
+            )
+
+        async def change() -> None:
+            model = await self._registry.find(reference)
+            if model.key in self.catalog:
+                raise ModelStateError(
+                    f"{model.key} cannot be deleted: it is loaded, unload it first", model=model.key
+                )
+            await self._registry.delete(model)
+
+        await self._change(change())
+        return model_pb2.DeleteModelResponse()
+
+    # --- Inside a change
+
+    async def _publish(
+        self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
+    ) -> job_pb2.ModelPublished:
+        model = await self._registry.publish(export_dir, name=publish.model, job_id=job_id, metrics=metrics)
+        names = [Reference(name=model.name, alias=alias) for alias in dict.fromkeys(publish.aliases)]
+        serve = publish.serve or not publish.HasField("serve")
+        swapped = {name for name in names if name in self._served or self.catalog.find(name)}
+        if serve or swapped:
+            try:
+                await self._load(model)
+            except CliptuneError as error:
+                log.warning("%s is published but cannot be served now: %s", model.key, error.message)
+                names = [name for name in names if name not in swapped]
+                swapped.clear()
+        for name in names:
+            await self._point(model, name.alias)
+        if serve:
+            swapped.update(names or [Reference(name=model.name)])
+        await self._serve(*swapped)
+        aliases = self.catalog.aliases(model.name, model.version)
+        return job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
+
+    async def _load(self, model: PublishedModel) -> None:
+        if model.key not in self.catalog:
+            await self._engines.load(model.key, model.path)
+            self._device = (await self._engines.status()).device
+            self.catalog.add(model)
+            log.info("loaded %s", model.key)
+
+    async def _unload(self, key: str) -> None:
+        if not await self.catalog.retire(key, _DRAIN_LIMIT_S):
+            log.warning("%s is unloaded although requests have held it for %.0f s", key, _DRAIN_LIMIT_S)
+        await self._engines.unload(key)
+        log.info("unloaded %s", key)
+
+    async def _point(self, model: PublishedModel, alias: str) -> None:
+        await self._registry.set_alias(model.name, alias, model.version)
+        self.catalog.set_aliases(await self._registry.aliases())
+        log.info("%s@%s is now %s", model.name, alias, model.key)
+
+    async def _serve(self, *references: Reference) -> None:
+        self._served.update(references)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Unload what no served reference means any more, and remember what is served."""
+        meant = {model.key for served in self._served if (model := self.catalog.find(served))}
+        for model in self.catalog:
+            if model.key not in meant:
+                await self._unload(model.key)
+        await self._remember()
+
+    async def _remember(self) -> None:
+        content = {"references": sorted(map(str, self._served))}
+        await asyncio.to_thread(write_json, self._serving_path, content)
+
+    async def _change(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a change after the ones before it, to its end even if the caller is cancelled meanwhile."""
+
+        async def alone() -> Result:
+            async with self._changing:
+                return await work
+
+        task = asyncio.create_task(alone())
+        self._changes.add(task)
+        task.add_done_callback(self._forget_change)
+        return await asyncio.shield(task)
+
+    def _forget_change(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, CliptuneError):
+            log.error("a change of models failed", exc_info=error)
+
+    def _message(self, model: PublishedModel) -> model_pb2.Model:
+        loaded = model.key in self.catalog
+        message = model_pb2.Model(
+            name=model.name,
+            version=model.version,
+            aliases=self.catalog.aliases(model.name, model.version),
+            loaded=loaded,
+            bytes=model.bytes,
+            architecture=model.architecture,
+            embedding_dim=model.embedding_dim,
+            image_size=model.image_size,
+            job_id=model.job_id,
+            metrics=model.metrics,
+            path=str(model.path),
+            device=self._device if loaded else "",
+        )
+        message.created.FromDatetime(model.created)
+        return message
+
+
+def _read_serving(path: Path) -> list[str]:
+    try:
+        return [str(reference) for reference in json.loads(path.read_text(encoding="utf-8"))["references"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read, so nothing is served until it is loaded again: %s", path, error)
+        return []
