@@ -1,9 +1,9 @@
 """The models that the engine holds: which version a reference means, and who is using it.
 
-Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded version,
-leased to the request until it is answered. A version that is to be unloaded is first hidden from new requests,
-then waited for: that is what makes a hot swap free of failures. Everything is in memory and on the event
-loop, so that finding a model costs a request nothing. Changed by `models.py`; asked by `router.py`.
+Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded
+version, leased to the request until it is answered. A version that is to be unloaded is first hidden from new
+requests, then waited for: that is what makes a hot swap free of failures. Everything is in memory and on the
+event loop, so that finding a model costs a request nothing. Changed by `models.py`; asked by `router.py`.
 """
 
 from __future__ import annotations

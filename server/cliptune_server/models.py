@@ -7,12 +7,11 @@ serves what the alias points at then.
 
 Served is what a reference was loaded for. A version is unloaded when no served reference means it any more:
 
-    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is drained and
-    unloaded load("shapes:1"), then the same                           1 stays beside 2: it was asked for by
-    number
+    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is drained, then unloaded
+    load("shapes:1"), then the same                           1 stays beside 2: it was asked for by number
 
-Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the gateway,
-jobs and the router; the daemon makes it.
+Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the
+gateway, jobs and the router; the daemon makes it.
 """
 
 from __future__ import annotations
@@ -124,79 +123,77 @@ class Models:
         models = await self._registry.models(request.name)
         return model_pb2.ListModelsResponse(models=[self._message(model) for model in models])
 
-    async def get(self, request: model_pb2.GetModelRequest) -> model_pb2.GetModelResponse:
-        """One version by reference."""
-        model = await self._registry.find(Reference.parse(request.model))
-        return model_pb2.GetModelResponse(model=self._message(model))
+    async def get(self, reference: str) -> model_pb2.Model:
+        """One version. `ModelNotFoundError`."""
+        return self._message(await self._registry.find(Reference.parse(reference)))
 
-    async def load(self, request: model_pb2.LoadModelRequest) -> model_pb2.LoadModelResponse:
+    async def load(self, reference: str) -> model_pb2.Model:
         """Serve a reference; a version that is loaded already is not loaded again."""
-        reference = Reference.parse(request.model)
+        wanted = Reference.parse(reference)
 
         async def change() -> PublishedModel:
-            model = await self._registry.find(reference)
+            model = await self._registry.find(wanted)
             await self._load(model)
-            await self._serve(reference)
+            await self._serve(wanted)
             return model
 
-        return model_pb2.LoadModelResponse(model=self._message(await self._change(change())))
+        return self._message(await self._change(change()))
 
-    async def unload(self, request: model_pb2.UnloadModelRequest) -> model_pb2.UnloadModelResponse:
+    async def unload(self, reference: str) -> model_pb2.Model:
         """Stop serving a version, whatever it was loaded as. `ModelStateError` when it is not loaded."""
-        reference = Reference.parse(request.model)
+        wanted = Reference.parse(reference)
 
         async def change() -> PublishedModel:
-            model = self.catalog.find(reference)
+            model = self.catalog.find(wanted)
             if model is None:
-                published = await self._registry.find(reference)
+                published = await self._registry.find(wanted)
                 raise ModelStateError(f"{published.key} is not loaded", model=published.key)
             self._served = {served for served in self._served if self.catalog.find(served) != model}
             await self._unload(model.key)
             await self._remember()
             return model
 
-        return model_pb2.UnloadModelResponse(model=self._message(await self._change(change())))
+        return self._message(await self._change(change()))
 
-    async def set_alias(self, request: model_pb2.SetAliasRequest) -> model_pb2.SetAliasResponse:
+    async def set_alias(self, reference: str, alias: str) -> model_pb2.Model:
         """Point NAME@ALIAS at a version. If the alias is served, the version is loaded before it moves."""
-        reference = Reference.parse(request.model)
-        check_name(request.alias, "alias")
+        wanted = Reference.parse(reference)
+        named = Reference(name=wanted.name, alias=check_name(alias, "alias"))
 
         async def change() -> PublishedModel:
-            model = await self._registry.find(reference)
-            named = Reference(name=model.name, alias=request.alias)
-            served = self.catalog.find(named) is not None or named in self._served
+            model = await self._registry.find(wanted)
+            served = named in self._served or self.catalog.find(named) is not None
             if served:
                 await self._load(model)
-            await self._point(model, request.alias)
-            await (self._serve(named) if served else self._settle())
+            await self._point(model, alias)
+            if served:
+                await self._serve(named)
             return model
 
-        return model_pb2.SetAliasResponse(model=self._message(await self._change(change())))
+        return self._message(await self._change(change()))
 
-    async def delete_alias(self, request: model_pb2.DeleteAliasRequest) -> model_pb2.DeleteAliasResponse:
+    async def delete_alias(self, name: str, alias: str) -> None:
         """Forget NAME@ALIAS; a version that was loaded as this alias alone is unloaded."""
-        named = Reference(name=check_name(request.name), alias=check_name(request.alias, "alias"))
+        named = Reference(name=check_name(name), alias=check_name(alias, "alias"))
 
         async def change() -> None:
-            await self._registry.delete_alias(named.name, named.alias)
+            await self._registry.delete_alias(name, alias)
             self.catalog.set_aliases(await self._registry.aliases())
             self._served.discard(named)
             await self._settle()
 
         await self._change(change())
-        return model_pb2.DeleteAliasResponse()
 
-    async def delete(self, request: model_pb2.DeleteModelRequest) -> model_pb2.DeleteModelResponse:
-        """Remove a version for good. `ModelStateError` while it is loaded or an alias points at it."""
-        reference = Reference.parse(request.model)
-        if reference.version is None:
+    async def delete(self, reference: str) -> None:
+        """Remove "NAME:VERSION" for good. `ModelStateError` while it is loaded or an alias points at it."""
+        wanted = Reference.parse(reference)
+        if wanted.version is None:
             raise InvalidInputError(
-                f"{request.model!r} does not say which version to delete: NAME:VERSION", model=request.model
+                f"{reference!r} does not say which version to delete: NAME:VERSION", model=reference
             )
 
         async def change() -> None:
-            model = await self._registry.find(reference)
+            model = await self._registry.find(wanted)
             if model.key in self.catalog:
                 raise ModelStateError(
                     f"{model.key} cannot be deleted: it is loaded, unload it first", model=model.key
@@ -204,7 +201,6 @@ class Models:
             await self._registry.delete(model)
 
         await self._change(change())
-        return model_pb2.DeleteModelResponse()
 
     # --- Inside a change
 
