@@ -1,0 +1,1 @@
+"""gRPC faces of the daemon: thin servicers over its application objects."""
