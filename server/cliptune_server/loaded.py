@@ -1,17 +1,13 @@
-"""The models that the engine holds: which version a reference means, and who is using it.
+"""The models that the engine holds, and which of them a reference means.
 
-Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded
-version, leased to the request until it is answered. A version that is to be unloaded is first hidden from new
-requests, then waited for: that is what makes a hot swap free of failures. Everything is in memory and on the
-event loop, so that finding a model costs a request nothing. Changed by `models.py`; asked by `router.py`.
+Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded version.
+Everything is in memory and on the event loop, so that finding a model costs a request nothing, and a version
+that is hidden before it is unloaded gets no new requests. Changed by `models.py`; asked by `router.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping
 
 from cliptune.errors import InvalidInputError, ModelStateError
 
@@ -26,8 +22,6 @@ class LoadedModels:
         self._registry = registry
         self._models: dict[str, PublishedModel] = {}
         self._aliases: dict[str, dict[str, int]] = {}
-        self._leases: Counter[str] = Counter()
-        self._answered: dict[str, asyncio.Event] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._models
@@ -68,39 +62,13 @@ class LoadedModels:
                 )
         return model.key
 
-    @asynccontextmanager
-    async def lease(self, reference: str) -> AsyncIterator[str]:
-        """As `resolve`; the version stays loaded until the block ends."""
-        key = await self.resolve(reference)
-        # No await between the look-up's end and this line: the version cannot be retired in between.
-        self._leases[key] += 1
-        try:
-            yield key
-        finally:
-            self._leases[key] -= 1
-            if not self._leases[key]:
-                del self._leases[key]
-                if key in self._answered:
-                    self._answered[key].set()
-
     def add(self, model: PublishedModel) -> None:
         """The engine holds this version and it answered a canary."""
         self._models[model.key] = model
 
-    async def retire(self, key: str, limit_s: float) -> bool:
-        """Hide a version from new requests; True when those that use it were answered within `limit_s`."""
+    def hide(self, key: str) -> None:
+        """Requests from now on do not find this version."""
         self._models.pop(key, None)
-        if key not in self._leases:
-            return True
-        self._answered[key] = asyncio.Event()
-        try:
-            async with asyncio.timeout(limit_s):
-                await self._answered[key].wait()
-        except TimeoutError:
-            return False
-        finally:
-            del self._answered[key]
-        return True
 
     def set_aliases(self, aliases: Mapping[str, Mapping[str, int]]) -> None:
         """Replace all aliases: requests that come later follow the new ones."""

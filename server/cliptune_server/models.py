@@ -7,8 +7,8 @@ serves what the alias points at then.
 
 Served is what a reference was loaded for. A version is unloaded when no served reference means it any more:
 
-    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is drained, then unloaded
-    load("shapes:1"), then the same                           1 stays beside 2: it was asked for by number
+    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is unloaded
+    load("shapes:1"), then the same                           1 stays beside 2: asked for by number
 
 Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the
 gateway, jobs and the router; the daemon makes it.
@@ -23,7 +23,7 @@ from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
-from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError
+from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
 
@@ -35,8 +35,8 @@ from cliptune_server.registry import Reference, Registry
 log = logging.getLogger(__name__)
 
 REGISTRY_SOURCE: Final = "registry:"
-# A request that an engine holds longer than this is stuck, and its engine about to be replaced.
-_DRAIN_LIMIT_S: Final = 60.0
+# An engine may end while it loads, through no fault of the model's; its successor is waited for.
+_LOAD_TRIES: Final = 2
 
 Result = TypeVar("Result")
 
@@ -228,14 +228,20 @@ class Models:
 
     async def _load(self, model: PublishedModel) -> None:
         if model.key not in self.catalog:
-            await self._engines.load(model.key, model.path)
+            for left in reversed(range(_LOAD_TRIES)):
+                try:
+                    await self._engines.load(model.key, model.path)
+                    break
+                except UnavailableError:
+                    if not left:
+                        raise
             self._device = (await self._engines.status()).device
             self.catalog.add(model)
             log.info("loaded %s", model.key)
 
     async def _unload(self, key: str) -> None:
-        if not await self.catalog.retire(key, _DRAIN_LIMIT_S):
-            log.warning("%s is unloaded although requests have held it for %.0f s", key, _DRAIN_LIMIT_S)
+        # Requests that were sent to it are answered first; one that comes too late is sent anew by the router.
+        self.catalog.hide(key)
         await self._engines.unload(key)
         log.info("unloaded %s", key)
 
