@@ -1,0 +1,1 @@
+"""The REST face: FastAPI routes, thin over the daemon's application objects."""

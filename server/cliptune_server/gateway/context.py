@@ -1,0 +1,50 @@
+"""What the routes stand on: the daemon's application objects.
+
+`daemon.py` makes one GatewayContext and hands it to `build_app`; a route takes it with `context_of(request)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from cliptune.errors import InvalidInputError
+from starlette.requests import Request
+
+from cliptune_server.metrics import Metrics
+
+if TYPE_CHECKING:
+    from cliptune_server.engines import EngineSupervisor
+    from cliptune_server.jobs import Jobs
+    from cliptune_server.models import Models
+    from cliptune_server.readiness import Readiness
+    from cliptune_server.router import Router
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GatewayContext:
+    """Everything that the REST face needs."""
+
+    jobs: Jobs
+    router: Router
+    models: Models
+    engines: EngineSupervisor
+    """Read at each scrape of `/metrics`."""
+    readiness: Readiness
+    metrics: Metrics
+    """Told of each request."""
+    max_body_bytes: int = 256 * 1024 * 1024
+    """A longer body is refused before it is read."""
+    heartbeat_s: float = 15.0
+    """An event stream that has nothing to say for so long says so, which keeps proxies from closing it."""
+
+    def __post_init__(self) -> None:
+        if self.max_body_bytes < 1 or self.heartbeat_s <= 0:
+            raise InvalidInputError(
+                f"max_body_bytes {self.max_body_bytes} and heartbeat_s {self.heartbeat_s} must be above 0"
+            )
+
+
+def context_of(request: Request) -> GatewayContext:
+    """The context of the app that serves this request."""
+    return cast("GatewayContext", request.app.state.context)

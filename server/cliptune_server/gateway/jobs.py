@@ -1,0 +1,206 @@
+"""Routes of fine-tuning jobs: `/v1/jobs`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from cliptune.errors import InvalidInputError
+from cliptune.spec import spec_from_mapping
+from cliptune.v1 import job_pb2, training_pb2
+from fastapi import APIRouter, Header, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from cliptune_server.gateway import events
+from cliptune_server.gateway.context import context_of
+from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form
+from cliptune_server.gateway.problems import problems
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+JobId = Annotated[str, Path(description="The job's id.", examples=["solar-cells-7f3a"])]
+_STATES: Final = {
+    value.name.removeprefix("JOB_STATE_"): value.number
+    for value in job_pb2.JobState.DESCRIPTOR.values
+    if value.number
+}
+_ENDED: Final = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
+
+
+class CreateJob(BaseModel):
+    """What to fine-tune."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "spec": {
+                        "name": "solar-cells",
+                        "model": {"name": "ViT-B-32", "pretrained": "openai"},
+                        "data": {"train": "/data/cells.csv", "label_column": "label"},
+                        "train": {"epochs": 5},
+                    }
+                }
+            ]
+        },
+    )
+    spec: JobSpecJson = Field(description="The job's spec: the same fields as in a TOML file.")
+    validate_only: bool = Field(default=False, description="Stop after the preparation and return the plan.")
+    idempotency_key: str = Field(
+        default="", description="A second request with the same key returns the first one's job."
+    )
+
+
+class LearningRate(BaseModel):
+    """A new peak learning rate; the schedule's shape stays."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"learning_rate": 1e-5}]})
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+
+
+@router.post(
+    "",
+    summary="Create a job",
+    status_code=201,
+    response_model=JobJson,
+    responses={
+        200: {"description": "`validate_only`: the plan; nothing is kept.", "model": JobJson},
+        **problems(403, 422),
+    },
+)
+async def create_job(
+    request: Request,
+    body: CreateJob,
+    idempotency_key: Annotated[str, Header(description="The same as in the body.")] = "",
+) -> Response:
+    """Checks the spec's shape and answers with the job, which is then prepared and queued."""
+    job = await context_of(request).jobs.create(
+        training_pb2.CreateJobRequest(
+            spec=spec_from_mapping(body.spec),
+            validate_only=body.validate_only,
+            idempotency_key=body.idempotency_key or idempotency_key,
+        )
+    )
+    if body.validate_only:
+        return JSONResponse(json_form(job))
+    return JSONResponse(json_form(job), 201, headers={"Location": f"/v1/jobs/{job.id}"})
+
+
+@router.get("", summary="List jobs, newest first", response_model=JobListJson)
+async def list_jobs(
+    request: Request,
+    state: Annotated[list[str], Query(description="Only these states, such as RUNNING.")] = [],  # noqa: B006
+    page_size: Annotated[int, Query(ge=1, le=1000)] = 100,
+    page_token: Annotated[str, Query(description="`next_page_token` of the page before.")] = "",
+) -> Response:
+    """A page of jobs."""
+    wanted = [name.upper().removeprefix("JOB_STATE_") for name in state]
+    for name in wanted:
+        if name not in _STATES:
+            allowed = ", ".join(_STATES)
+            raise InvalidInputError(f"state {name!r} is none of {allowed}", path="state", allowed=allowed)
+    page = await context_of(request).jobs.list(
+        training_pb2.ListJobsRequest(
+            states=[_STATES[name] for name in wanted],
+            page_size=page_size,
+            page_token=page_token,
+        )
+    )
+    return JSONResponse(json_form(page))
+
+
+@router.get("/{job_id}", summary="Get a job", response_model=JobJson, responses=problems(404))
+async def get_job(request: Request, job_id: JobId) -> Response:
+    """The job as it is now."""
+    return JSONResponse(json_form(await context_of(request).jobs.get(job_id)))
+
+
+@router.delete("/{job_id}", summary="Delete a job", status_code=204, responses=problems(404, 409))
+async def delete_job(request: Request, job_id: JobId) -> Response:
+    """Only a job that has ended. Its published model stays."""
+    await context_of(request).jobs.delete(job_id)
+    return Response(status_code=204)
+
+
+@router.get(
+    "/{job_id}/events",
+    summary="Watch a job",
+    response_class=StreamingResponse,
+    responses={
+        200: {
+            "description": "Server-sent events; each `data` is a JobEvent.",
+            "content": {events.MEDIA_TYPE: {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The job has ended and all its events have been seen: do not reconnect."},
+        **problems(404),
+    },
+)
+async def watch_job(
+    request: Request,
+    job_id: JobId,
+    after: Annotated[int, Query(ge=0, le=2**63 - 1, description="Events with a greater number follow.")] = 0,
+    last_event_id: Annotated[str | None, Header(description="Sent by a reconnecting browser.")] = None,
+) -> Response:
+    """Events from any number on, live, until the job ends.
+
+    The names of the events are `state`, `plan`, `progress`, `evaluation`, `checkpoint`, `notice`, `log`,
+    `command` and `published`; `end` closes the stream of a job that has ended, `error` (a problem) one that
+    broke off.
+    """
+    context = context_of(request)
+    after = events.after_number(last_event_id, after)
+    job = await context.jobs.get(job_id)
+    if job.state in _ENDED and after >= job.last_event_number > 0:
+        return Response(status_code=204)
+    return StreamingResponse(
+        events.frames(
+            context.jobs.watch(job_id, after), path=request.url.path, heartbeat_s=context.heartbeat_s
+        ),
+        media_type=events.MEDIA_TYPE,
+        headers=events.HEADERS,
+    )
+
+
+async def _control(request: Request, job_id: str, command: job_pb2.JobCommand) -> Response:
+    return JSONResponse(json_form(await context_of(request).jobs.control(job_id, command)))
+
+
+_CONTROL: Final[dict[str, Any]] = {"response_model": ControlJson, "responses": problems(404, 409)}
+
+
+@router.post("/{job_id}/pause", summary="Pause", **_CONTROL)
+async def pause_job(request: Request, job_id: JobId) -> Response:
+    """Checkpoint, then release the device. Returns when that is done."""
+    return await _control(request, job_id, job_pb2.JobCommand(pause=job_pb2.PauseCommand()))
+
+
+@router.post("/{job_id}/resume", summary="Resume", **_CONTROL)
+async def resume_job(request: Request, job_id: JobId) -> Response:
+    """Queue a paused job again."""
+    return await _control(request, job_id, job_pb2.JobCommand(resume=job_pb2.ResumeCommand()))
+
+
+@router.post("/{job_id}/cancel", summary="Cancel", **_CONTROL)
+async def cancel_job(request: Request, job_id: JobId) -> Response:
+    """End the job; its last checkpoint stays."""
+    return await _control(request, job_id, job_pb2.JobCommand(cancel=job_pb2.CancelCommand()))
+
+
+@router.post("/{job_id}/checkpoint", summary="Checkpoint now", **_CONTROL)
+async def checkpoint_job(request: Request, job_id: JobId) -> Response:
+    """Save now."""
+    return await _control(request, job_id, job_pb2.JobCommand(checkpoint=job_pb2.CheckpointCommand()))
+
+
+@router.post("/{job_id}/evaluate", summary="Evaluate now", **_CONTROL)
+async def evaluate_job(request: Request, job_id: JobId) -> Response:
+    """Evaluate now."""
+    return await _control(request, job_id, job_pb2.JobCommand(evaluate=job_pb2.EvaluateCommand()))
+
+
+@router.post("/{job_id}/learning-rate", summary="Set the learning rate", **_CONTROL)
+async def set_learning_rate(request: Request, job_id: JobId, body: LearningRate) -> Response:
+    """Change the peak learning rate; the schedule's shape stays."""
+    command = job_pb2.SetLearningRateCommand(learning_rate=body.learning_rate)
+    return await _control(request, job_id, job_pb2.JobCommand(set_learning_rate=command))
