@@ -53,6 +53,7 @@ def build_app(context: GatewayContext) -> FastAPI:
             UnicodeEncodeError: on_unicode_error,
         },
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         # Its own spans (0.140 and later) would stand between ours.
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )

@@ -45,7 +45,9 @@ async def readyz(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """The daemon's metrics in Prometheus's text format."""
     context = context_of(request)
-    text = context.metrics.render(await _engine(context), _jobs(context))
+    counts = context.jobs.snapshot()
+    jobs = JobReading(by_state=counts.by_state, events=counts.events, watchers=counts.watchers)
+    text = context.metrics.render(await _engine(context), jobs)
     return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -56,7 +58,3 @@ async def _engine(context: GatewayContext) -> EngineReading:
     except CliptuneError:  # away or stuck: its series are absent, and readiness says why
         status = None
     return EngineReading(ready=engines.ready, restarts=engines.restarts, status=status)
-
-
-def _jobs(context: GatewayContext) -> JobReading:
-    return JobReading()
