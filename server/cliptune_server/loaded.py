@@ -1,8 +1,9 @@
 """The models that the engine holds, and which of them a reference means.
 
-Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded version.
-Everything is in memory and on the event loop, so that finding a model costs a request nothing, and a version
-that is hidden before it is unloaded gets no new requests. Changed by `models.py`; asked by `router.py`.
+Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded
+version. Everything is in memory and on the event loop, so that finding a model costs a request nothing, and
+a version that is hidden before it is unloaded gets no new requests. Changed by `models.py`; asked by
+`router.py`.
 """
 
 from __future__ import annotations

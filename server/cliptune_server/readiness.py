@@ -1,8 +1,8 @@
 """Whether the daemon can do its work now, and why not.
 
-Enters: what each part says of itself (`set`), on the event loop. Leaves: a `Report` now, or every change of it
-as it happens. Asked by grpc.health.v1, by `/readyz` and by the metrics; told by `daemon.py`. Nothing here is a
-constant: the engine's part follows its canary.
+Enters: what each part says of itself (`set`), on the event loop. Leaves: a `Report` now, or every change of
+it as it happens. Asked by grpc.health.v1, by `/readyz` and by the metrics; told by `daemon.py`. Nothing here
+is a constant: the engine's part follows its canary.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""`cliptune serve`: flags in, one daemon, its exit status out.
+
+When the ports answer, exactly one line of JSON goes to stdout, for programs that started us; everything else
+is log, on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cliptune.cli.verb import Verb
+
+if TYPE_CHECKING:
+    from cliptune_server.daemon import Serving
+
+DEFAULT_HOME: Final = "~/.cliptune"
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--home",
+        type=Path,
+        default=Path(os.environ.get("CLIPTUNE_HOME") or DEFAULT_HOME),
+        help="folder of all state; one daemon each (default: $CLIPTUNE_HOME or ~/.cliptune)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; there is no authentication (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--grpc-port", type=int, default=50051, help="0: any free port (default: %(default)s)"
+    )
+    parser.add_argument("--http-port", type=int, default=8000, help="0: any free port (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="auto", help="of inference: auto, cpu, mps, cuda or cuda:N (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads of inference (default: it chooses)")
+    parser.add_argument(
+        "--data-root",
+        dest="data_roots",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="folder that jobs may read data from; repeat for several (default: the working directory)",
+    )
+    parser.add_argument(
+        "--grace",
+        dest="grace_s",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for calls in flight and checkpoints at a stop (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: info)"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    import asyncio
+
+    from cliptune.telemetry import configure_logging, configure_tracing
+
+    from cliptune_server.config import ServerConfig
+    from cliptune_server.daemon import Daemon
+
+    config = ServerConfig(
+        home=arguments.home,
+        host=arguments.host,
+        grpc_port=arguments.grpc_port,
+        http_port=arguments.http_port,
+        device=arguments.device,
+        threads=arguments.threads,
+        data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
+        grace_s=arguments.grace_s,
+        log_level=arguments.log_level,
+    )
+    configure_logging(config.log_level, "cliptune-daemon")
+    flush_traces = configure_tracing("cliptune-daemon")
+
+    async def serve() -> None:
+        await Daemon(config).run(_announce)
+
+    try:
+        asyncio.run(serve())
+    finally:
+        flush_traces()
+    return 0
+
+
+def _announce(serving: Serving) -> None:
+    line = {
+        "cliptune": "serving",
+        "grpc": serving.grpc,
+        "http": serving.http,
+        "home": str(serving.home),
+        "pid": serving.pid,
+    }
+    print(json.dumps(line), flush=True)
+
+
+serve: Final = Verb(
+    name="serve",
+    summary="run the daemon: fine-tuning jobs, inference and models, over gRPC and HTTP",
+    examples=(
+        "cliptune serve",
+        "cliptune serve --data-root ~/datasets --device cuda:0",
+        "cliptune serve --home /srv/cliptune --grpc-port 0 --http-port 0",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+    extra="server",
+)
