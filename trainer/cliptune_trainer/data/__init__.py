@@ -1,0 +1,1 @@
+"""From table files to batches: rows, split, augmentation, loader."""

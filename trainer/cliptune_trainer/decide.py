@@ -1,0 +1,158 @@
+"""What is settled before the first step: device, precision, batch, length, learning rate, classes.
+
+Enters: the spec, the data and the model. Leaves: `Decisions`, each automatic one with its reason. Called by
+preparation, which shows them as the plan, and by `run`, which acts on them; both get the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cliptune_model.clip import Clip
+from cliptune_model.device import Choice, choose_device, choose_precision, choose_threads
+from cliptune_trainer.data.dataset import Dataset
+from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
+
+PRETRAINED_LEARNING_RATE: Final = 1e-5
+RANDOM_LEARNING_RATE: Final = 5e-4
+# From here on a pretrained model mostly forgets what it knew.
+FORGETTING_LEARNING_RATE: Final = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hardware:
+    """Where and how the towers compute."""
+
+    device: Choice
+    precision: Choice
+    threads: Choice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Remark:
+    """Something to tell the user once."""
+
+    code: str
+    message: str
+    warning: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decisions:
+    """The settings of a run. `choices` are those that the spec left open; `remarks` are for the user."""
+
+    hardware: Hardware
+    batch_size: int
+    steps_per_epoch: int
+    total_steps: int
+    learning_rate: float
+    classes: tuple[ClassConfig, ...]
+    choices: tuple[Choice, ...]
+    remarks: tuple[Remark, ...]
+
+
+def decide_hardware(spec: Spec) -> Hardware:
+    """Device, precision and threads. Raises `InvalidInputError` for a device that is not there."""
+    device = choose_device(spec.resources.device)
+    return Hardware(
+        device=device,
+        precision=choose_precision(spec.train.precision, device.value),
+        threads=choose_threads(spec.resources.threads),
+    )
+
+
+def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Decisions:
+    """Settles the rest. Raises `SpecError` when no label of the data is among the spec's classes."""
+    remarks = _about_data(spec, dataset)
+    choices = [hardware.device, hardware.precision, hardware.threads]
+
+    rows = len(dataset.train)
+    batch_size = min(spec.train.batch_size, rows)
+    if batch_size < spec.train.batch_size:
+        reason = f"only {rows} rows to train on, fewer than train.batch_size = {spec.train.batch_size}"
+        choices.append(Choice(subject="batch_size", value=str(batch_size), reason=reason))
+        remarks.append(Remark(code="batch-size-reduced", message=f"batches of {batch_size} pairs: {reason}"))
+    steps_per_epoch = rows // batch_size
+    total_steps = steps_per_epoch * spec.train.epochs
+    if spec.train.max_steps is not None:
+        total_steps = min(total_steps, spec.train.max_steps)
+
+    learning_rate = spec.train.learning_rate
+    if learning_rate is None:
+        learning_rate = PRETRAINED_LEARNING_RATE if clip.pretrained else RANDOM_LEARNING_RATE
+        reason = "the weights are pretrained" if clip.pretrained else "the weights are random"
+        choices.append(Choice(subject="learning_rate", value=f"{learning_rate:g}", reason=reason))
+    elif clip.pretrained and learning_rate >= FORGETTING_LEARNING_RATE:
+        remarks.append(
+            Remark(
+                code="learning-rate-high",
+                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained ones mostly"
+                f" forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
+            )
+        )
+    captions = len(set(dataset.train.caption_ids.tolist()))
+    if spec.loss == "infonce" and captions < batch_size:
+        remarks.append(
+            Remark(
+                code="repeated-captions",
+                message=f"{captions} distinct captions in batches of {batch_size}: InfoNCE pushes rows with the same"
+                " caption apart; loss.name = 'multi_positive' does not",
+                warning=False,
+            )
+        )
+    classes = _classes(spec, dataset, choices, remarks)
+    return Decisions(
+        hardware=hardware,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        learning_rate=learning_rate,
+        classes=classes,
+        choices=tuple(choices),
+        remarks=tuple(remarks),
+    )
+
+
+def _about_data(spec: Spec, dataset: Dataset) -> list[Remark]:
+    remarks = []
+    if dataset.bad:
+        remarks.append(Remark(code="rows-skipped", message=dataset.bad_rows_message()))
+    if dataset.shared_images:
+        remarks.append(
+            Remark(
+                code="images-in-both-splits",
+                message=f"{dataset.shared_images} images are in the training and in the validation rows:"
+                " the metrics will flatter",
+            )
+        )
+    if not len(dataset.validation):
+        remarks.append(
+            Remark(code="no-validation", message="no validation rows: nothing is evaluated", warning=False)
+        )
+    return remarks
+
+
+def _classes(
+    spec: Spec, dataset: Dataset, choices: list[Choice], remarks: list[Remark]
+) -> tuple[ClassConfig, ...]:
+    """The classes of the spec, or one for each label of the data; none if that makes fewer than two."""
+    labels = dataset.labels
+    if spec.evaluation.classes:
+        known = {entry.label for entry in spec.evaluation.classes}
+        if labels and known.isdisjoint(labels):
+            raise wrong("evaluation.classes", f"labelled {sorted(known)}", f"labels of the data: {labels[:20]}")
+        if unknown := sorted(set(labels) - known):
+            remarks.append(
+                Remark(
+                    code="labels-without-class",
+                    message=f"images labelled {unknown[:10]} are left out of the zero-shot metrics:"
+                    " evaluation.classes has no such labels",
+                )
+            )
+        return spec.evaluation.classes
+    if len(labels) < 2:
+        return ()
+    reason = f"the labels found in the data, each as {default_prompt('{label}')!r}"
+    choices.append(Choice(subject="classes", value=", ".join(labels[:20]), reason=reason))
+    return tuple(ClassConfig(label=label, prompts=(default_prompt(label),)) for label in labels)

@@ -1,0 +1,70 @@
+"""The folder of one job, as the trainer sees it.
+
+Enters: the folder that the launcher names. Leaves: paths and the spec. Called by `main`, preparation and the loop.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from google.protobuf import json_format
+
+from cliptune.errors import SpecError
+from cliptune.v1 import spec_pb2
+
+if TYPE_CHECKING:
+    from cliptune_trainer.spec import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class JobFolder:
+    """`path` is `<home>/jobs/<id>`."""
+
+    path: Path
+
+    @property
+    def job_id(self) -> str:
+        """The job's id."""
+        described = self.path / "job.json"
+        if described.exists():
+            return str(json.loads(described.read_text(encoding="utf-8")).get("id") or self.path.name)
+        return self.path.name
+
+    def spec(self) -> Spec:
+        """The job's spec, checked. Raises `SpecError`."""
+        from cliptune_trainer.spec import from_proto  # brings torch, which the process's start does not wait for
+
+        try:
+            text = (self.path / "spec.json").read_text(encoding="utf-8")
+            return from_proto(json_format.Parse(text, spec_pb2.JobSpec()))
+        except OSError as error:
+            raise SpecError(f"{self.path} has no spec: {error}", path="spec.json") from error
+        except json_format.ParseError as error:
+            raise SpecError(f"the spec cannot be read: {error}", path="spec.json") from error
+
+    def journal(self, attempt: int) -> Path:
+        """Where an attempt keeps its journal."""
+        return self.path / "journal" / f"{attempt:04d}.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """Folder of the finished model."""
+        return self.path / "export"
+
+    @property
+    def learning_rates(self) -> Path:
+        """Changes of the peak learning rate by command."""
+        return self.path / "learning-rates.json"
+
+    @property
+    def findings(self) -> Path:
+        """What preparation found out about the data."""
+        return self.path / "findings.json"

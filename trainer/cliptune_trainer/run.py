@@ -1,0 +1,80 @@
+"""From a job's folder to a training that can begin, or go on where the last attempt stood.
+
+Enters: the job's folder. Leaves: how the attempt ended. Called by `main`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cliptune.errors import InvalidInputError, ModelNotFoundError
+from cliptune_model.clip import Clip, build
+from cliptune_model.source import ModelSource
+from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
+from cliptune_trainer.commands import Inbox
+from cliptune_trainer.data.dataset import load_findings, read_dataset
+from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.decide import decide, decide_hardware
+from cliptune_trainer.events import Reporter
+from cliptune_trainer.hold import Ending
+from cliptune_trainer.job import JobFolder
+from cliptune_trainer.loop import Training
+
+
+def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> Ending:
+    """Trains the job. Raises a `CliptuneError` for what cannot be trained; anything else is a crash, to be retried."""
+    spec = job.spec()
+    hardware = decide_hardware(spec)
+    device = hardware.device.value
+    known = load_findings(job.findings)
+    dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, known=known)
+    found = _newest_checkpoint(job, device, reporter)
+    clip, state = found or (build(spec.model, device=device, seed=spec.train.seed), None)
+    # The order of additions depends on the number of threads: a resumed run keeps the first one's.
+    _make_repeatable(device, int(state.counters["threads"] if state else hardware.threads.value))
+    decisions = decide(spec, hardware, dataset, clip)
+    if known is None:
+        for remark in decisions.remarks:
+            reporter.notice(remark.code, remark.message, warning=remark.warning)
+    elif known.tables != dataset.findings.tables:
+        reporter.notice("data-changed", "the data files are not the ones that were prepared; they were read anew")
+    where = f"goes on after step {state.step}" if state else "begins"
+    reporter.milestone(f"training {where} of {decisions.total_steps} on {device}")
+    training = Training(
+        job=job,
+        spec=spec,
+        dataset=dataset,
+        clip=clip,
+        decisions=decisions,
+        state=state,
+        reporter=reporter,
+        inbox=inbox,
+        linked=linked,
+    )
+    return training.run()
+
+
+def _newest_checkpoint(job: JobFolder, device: str, reporter: Reporter) -> tuple[Clip, TrainingState] | None:
+    """The newest whole checkpoint; those that are not whole are told of and removed."""
+    sweep(job.checkpoints)
+    for folder in checkpoints(job.checkpoints):
+        try:
+            state = load_state(folder)
+            return build(ModelSource(name=f"local-dir:{folder / 'model'}"), device=device), state
+        except (CorruptCheckpointError, InvalidInputError, ModelNotFoundError) as error:
+            reporter.notice("checkpoint-unreadable", f"{error}; the one before it is used")
+            shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def _make_repeatable(device: str, threads: int) -> None:
+    """On the CPU the same steps give the same bits."""
+    torch.set_num_threads(threads)
+    if device == "cpu":
+        torch.use_deterministic_algorithms(True)
+        # Not needed for repeatable results, and it costs a write of every new tensor.
+        torch.utils.deterministic.fill_uninitialized_memory = False
