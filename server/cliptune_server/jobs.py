@@ -1,0 +1,391 @@
+"""Fine-tuning jobs: create, get, list, delete, watch, control. The application object behind both faces.
+
+Enters: requests as protobuf messages. Leaves: protobuf messages, or errors of `cliptune.errors`. Called by
+`rpc/training.py` and the gateway. Composes what does the work: admission (what a job may ask for), the
+dispatcher (trainers and queue), the index (lists), and one `LiveJob` for each job that has not ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cliptune.errors import (
+    CancelledError,
+    DiskFullError,
+    InvalidInputError,
+    JobNotFoundError,
+    JobStateError,
+    UnavailableError,
+    from_detail,
+)
+from cliptune.tracing import inject_environment, tracer
+from cliptune.v1 import job_pb2, spec_pb2, training_pb2
+from cliptune.v1.job_pb2 import (
+    JOB_STATE_CANCELLED,
+    JOB_STATE_FAILED,
+    JOB_STATE_PAUSED,
+    JOB_STATE_PREPARING,
+    JOB_STATE_QUEUED,
+)
+
+from cliptune_server.admission import Admission, Publisher
+from cliptune_server.database import Database
+from cliptune_server.dispatcher import Dispatcher
+from cliptune_server.event_log import CorruptLogError, replay
+from cliptune_server.home import Home
+from cliptune_server.job import FINAL_STATES, Entry, check_command, command_name, state_name
+from cliptune_server.job_folder import CorruptJobError, JobFolder, JobHeader, new_header, sweep
+from cliptune_server.job_index import JobIndex
+from cliptune_server.launcher import Launcher
+from cliptune_server.link import LinkService
+from cliptune_server.live_job import LiveJob, PendingCommand, command_event
+
+log = logging.getLogger(__name__)
+
+_STOPPING: Final = "the daemon is stopping"
+_FILE_THREADS: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobsConfig:
+    """How jobs are run."""
+
+    data_roots: tuple[Path, ...] = ()
+    """Folders that jobs may read from, beside the home's own uploads and models."""
+    max_preparing: int = 1
+    """Preparations at a time: each reads data on the CPU."""
+    cancel_grace_s: float = 60.0
+    """A trainer that has not ended so long after a cancel is killed."""
+
+    def __post_init__(self) -> None:
+        if self.max_preparing < 1:
+            raise InvalidInputError(f"max_preparing must be at least 1, not {self.max_preparing}")
+        if not self.cancel_grace_s > 0:
+            raise InvalidInputError(f"cancel_grace_s must be above 0, not {self.cancel_grace_s}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobsSnapshot:
+    """The jobs at one moment, for metrics."""
+
+    by_state: Mapping[str, int]
+    """ "RUNNING" → how many; also of jobs that have ended."""
+    events: int
+    """Public events since the daemon started."""
+    watchers: int
+    """Watches open now."""
+    waiting_by_device: Mapping[str, int]
+    running_by_device: Mapping[str, int]
+
+
+class Jobs:
+    """All jobs of one home."""
+
+    def __init__(
+        self,
+        *,
+        home: Home,
+        database: Database,
+        launcher: Launcher,
+        link: LinkService,
+        publisher: Publisher,
+        config: JobsConfig,
+    ) -> None:
+        self._home = home
+        self._index = JobIndex(database)
+        self._link = link
+        self._publisher = publisher
+        self._admission = Admission(
+            data_dir=home.data_dir, models_dir=home.models_dir, data_roots=config.data_roots
+        )
+        self._threads = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="jobs")
+        self._live: dict[str, LiveJob] = {}
+        self._dispatcher = Dispatcher(
+            self._live,
+            launcher=launcher,
+            link=link,
+            publisher=publisher,
+            data_roots=self._admission.roots,
+            max_preparing=config.max_preparing,
+            cancel_grace_s=config.cancel_grace_s,
+            threads=self._threads,
+        )
+        self._creating = asyncio.Lock()
+        self._ended: Counter[str] = Counter()
+        self._events = 0
+        self._watchers = 0
+
+    # --- life
+
+    async def start(self) -> None:
+        """Reads the home's jobs, listens to trainers, takes jobs back where they are, starts what is next."""
+        loop = asyncio.get_running_loop()
+        folders = await loop.run_in_executor(self._threads, sweep, self._home.jobs_dir)
+        await self._index.keep_only({folder.id for folder in folders})
+        known = await self._index.ended_ids()
+        for folder in folders:
+            if folder.id not in known:
+                await self._load(folder)
+        counts = await self._index.count_by_state()
+        self._ended = Counter({state_name(state): counts[state_name(state)] for state in FINAL_STATES})
+        await self._link.start(self._dispatcher)
+        for job in list(self._live.values()):
+            await self._dispatcher.take_back(job)
+        self._dispatcher.begin()
+
+    async def stop(self, grace_s: float) -> None:
+        """Asks trainers to checkpoint and leave, waits at most `grace_s`, then ends all watches."""
+        await self._dispatcher.stop(grace_s)
+        await self._link.stop()
+        for job in self._live.values():
+            job.abandon(_STOPPING)
+            job.log.close(UnavailableError(_STOPPING))
+        self._threads.shutdown(wait=False)
+
+    # --- calls
+
+    async def create(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
+        """Accepts a job and begins to prepare it; with `validate_only`, prepares it and keeps nothing.
+
+        Errors: those of `Admission.admit`, of preparation (`validate_only`), `DiskFullError`.
+        """
+        self._refuse_when_stopping()
+        with tracer().start_as_current_span("job.create"):
+            if request.validate_only:
+                return await self._validate(request)
+            # To its end even if the caller leaves: a job is there or it is not.
+            return await asyncio.shield(self._dispatcher.spawn(self._create(request)))
+
+    async def get(self, job_id: str) -> job_pb2.Job:
+        """The job now. `JobNotFoundError`."""
+        job = self._live.get(job_id)
+        if job is not None and not job.header.validate_only:
+            return self._message(job)
+        message = await self._index.get(job_id)
+        if message is None:
+            raise JobNotFoundError(f"there is no job {job_id!r}", job_id=job_id)
+        return message
+
+    async def list(self, request: training_pb2.ListJobsRequest) -> training_pb2.ListJobsResponse:
+        """A page of jobs, newest first."""
+        page = await self._index.page(request.states, request.page_size, request.page_token)
+        jobs = (self._message(self._live[job.id]) if job.id in self._live else job for job in page.jobs)
+        return training_pb2.ListJobsResponse(jobs=jobs, next_page_token=page.next_token)
+
+    async def delete(self, job_id: str) -> None:
+        """Removes an ended job with its checkpoints. `JobStateError` for one that has not ended."""
+        job = await self.get(job_id)
+        if job.state not in FINAL_STATES:
+            name = state_name(job.state)
+            raise JobStateError(f"the job is {name}; only an ended one can be deleted", state=name)
+        await asyncio.shield(self._dispatcher.spawn(self._delete(job)))
+
+    async def control(self, job_id: str, command: job_pb2.JobCommand) -> training_pb2.ControlJobResponse:
+        """Tells the job something; returns when it has obeyed.
+
+        `JobStateError` naming the state when that does not allow the command, or the trainer's own error.
+        """
+        self._refuse_when_stopping()
+        name = command_name(command)
+        job = self._live.get(job_id)
+        if job is None or job.header.validate_only:
+            check_command((await self.get(job_id)).state, name, holding=False)
+            raise JobStateError("the job has just ended", state="ENDED")
+        pending = await asyncio.shield(self._dispatcher.spawn(self._begin(job, name, command)))
+        number = await asyncio.shield(pending.answer)
+        return training_pb2.ControlJobResponse(
+            command_id=pending.instruction.command_id, event_number=number, job=await self.get(job_id)
+        )
+
+    async def watch(self, job_id: str, after_number: int = 0) -> AsyncGenerator[job_pb2.JobEvent]:
+        """Every event with a greater number, in order, once; ends after the final one.
+
+        `JobNotFoundError` at the first step; `UnavailableError` when the daemon stops: watch the next one
+        from the last number seen.
+        """
+        job = self._live.get(job_id)
+        if job is not None and not job.header.validate_only:
+            events = job.log.follow(after_number)
+        else:
+            await self.get(job_id)
+            events = replay(JobFolder(self._home.jobs_dir / job_id).events_path, self._threads, after_number)
+        self._watchers += 1
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    yield event
+        except FileNotFoundError:
+            raise JobNotFoundError(f"the job {job_id!r} was deleted", job_id=job_id) from None
+        finally:
+            self._watchers -= 1
+
+    def snapshot(self) -> JobsSnapshot:
+        """Counts for metrics."""
+        shown = [job for job in self._live.values() if not job.header.validate_only]
+        by_state = self._ended + Counter(state_name(job.state) for job in shown)
+        return JobsSnapshot(
+            by_state=dict(by_state),
+            events=self._events,
+            watchers=self._watchers,
+            waiting_by_device=self._dispatcher.scheduler.waiting_by_device(),
+            running_by_device=self._dispatcher.scheduler.running_by_device(),
+        )
+
+    # --- creation
+
+    async def _create(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
+        spec = await self._admission.admit(request.spec, self._publisher)
+        key = request.idempotency_key
+        async with self._creating:
+            if key and (known := await self._id_of_key(key)) is not None:
+                return await self.get(known)
+            header = new_header(
+                spec.name, idempotency_key=key, validate_only=False, trace=inject_environment()
+            )
+            job = await self._make(header, spec)
+        self._dispatcher.prepare(job)
+        return self._message(job)
+
+    async def _validate(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
+        spec = await self._admission.admit(request.spec, self._publisher)
+        header = new_header(spec.name, idempotency_key="", validate_only=True, trace=inject_environment())
+        making = self._dispatcher.spawn(self._make(header, spec))
+        try:
+            job = await asyncio.shield(making)
+            self._dispatcher.prepare(job)
+            async with job.changed:
+                await job.changed.wait_for(
+                    lambda: job.state != JOB_STATE_PREPARING or self._dispatcher.stopping
+                )
+        finally:
+            # Also when the caller has left. A daemon that stops leaves it to the next one.
+            if not self._dispatcher.stopping:
+                await asyncio.shield(self._dispatcher.spawn(self._discard(making)))
+        self._refuse_when_stopping()
+        if job.state == JOB_STATE_FAILED:
+            raise from_detail(job.record.message.error)
+        if job.state != JOB_STATE_QUEUED:
+            raise CancelledError("the preparation was cancelled")
+        return self._message(job)
+
+    async def _make(self, header: JobHeader, spec: spec_pb2.JobSpec) -> LiveJob:
+        loop = asyncio.get_running_loop()
+        try:
+            folder = await loop.run_in_executor(
+                self._threads, JobFolder.create, self._home.jobs_dir, header, spec
+            )
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise DiskFullError(f"no room for a new job in {self._home.jobs_dir}") from error
+            raise
+        job = await LiveJob.open(folder, header, spec, self._threads, self._on_append)
+        self._live[job.id] = job
+        await job.enter(JOB_STATE_PREPARING)
+        return job
+
+    async def _id_of_key(self, key: str) -> str | None:
+        live = (job.id for job in self._live.values() if job.header.idempotency_key == key)
+        return next(live, None) or await self._index.id_of_key(key)
+
+    async def _discard(self, making: asyncio.Task[LiveJob]) -> None:
+        """Removes a job that was only to be validated."""
+        job = await making
+        async with job.deciding:
+            run = job.run
+            if job.state == JOB_STATE_PREPARING and run is None:
+                await job.enter(JOB_STATE_CANCELLED)
+        if run is not None:
+            self._dispatcher.cancel(run)
+            await run.ended.wait()
+            async with job.changed:
+                await job.changed.wait_for(lambda: job.run is None)
+        self._live.pop(job.id, None)
+        await asyncio.get_running_loop().run_in_executor(self._threads, job.folder.remove)
+
+    # --- control
+
+    async def _begin(self, job: LiveJob, name: str, command: job_pb2.JobCommand) -> PendingCommand:
+        async with job.deciding:
+            check_command(job.state, name, holding=job.record.holding)
+            if job.run is not None:
+                pending = job.begin_command(command)
+                if name == "cancel":
+                    self._dispatcher.cancel(job.run)
+                return pending
+            if job.state == job_pb2.JOB_STATE_RUNNING:
+                state = state_name(job.state)
+                raise JobStateError(
+                    f"the job is {state}: training is done and its model is being published", state=state
+                )
+            return await self._obey(job, name, command)
+
+    async def _obey(self, job: LiveJob, name: str, command: job_pb2.JobCommand) -> PendingCommand:
+        """Carries out a command of a job without a trainer."""
+        pending = job.begin_command(command)
+        done = command_event(pending.instruction.command_id, name)
+        try:
+            if name == "resume":
+                await job.enter(JOB_STATE_QUEUED, "resumed", before=[done])
+                self._dispatcher.enqueue(job)
+            else:
+                self._dispatcher.scheduler.withdraw(job.id)
+                state = JOB_STATE_PAUSED if name == "pause" else JOB_STATE_CANCELLED
+                await job.enter(state, f"{name} was asked for", before=[done])
+        except BaseException:
+            job.pending.pop(pending.instruction.command_id, None)
+            raise
+        return pending
+
+    # --- the rest
+
+    async def _delete(self, job: job_pb2.Job) -> None:
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._threads, JobFolder(self._home.jobs_dir / job.id).remove)
+        await self._index.forget(job.id)
+        self._ended[state_name(job.state)] -= 1
+
+    async def _load(self, folder: JobFolder) -> None:
+        """Takes a job of an earlier daemon into memory, or only into the index when it has ended."""
+        loop = asyncio.get_running_loop()
+        try:
+            header, spec = await loop.run_in_executor(self._threads, folder.load)
+            if header.validate_only:
+                await self._dispatcher.clear_away(folder)
+                return
+            job = await LiveJob.open(folder, header, spec, self._threads, self._on_append)
+            if job.state == job_pb2.JOB_STATE_UNSPECIFIED:
+                await job.enter(JOB_STATE_PREPARING)
+        except (CorruptJobError, CorruptLogError, OSError) as error:
+            log.error("the job in %s is damaged and is left alone: %s", folder.root, error)
+            return
+        if not (await self._index.save(job) and job.record.ended):
+            self._live[job.id] = job
+
+    async def _on_append(self, job: LiveJob, entries: Sequence[Entry]) -> None:
+        self._events += len(entries)
+        new_state = any(entry.event.WhichOneof("body") == "state" for entry in entries)
+        if job.header.validate_only or not new_state:
+            return
+        saved = await self._index.save(job)
+        if job.record.ended and saved:
+            self._live.pop(job.id, None)
+            self._ended[state_name(job.state)] += 1
+
+    def _message(self, job: LiveJob) -> job_pb2.Job:
+        message = job_pb2.Job()
+        message.CopyFrom(job.record.message)
+        message.queue_position = self._dispatcher.scheduler.position(job.id)
+        return message
+
+    def _refuse_when_stopping(self) -> None:
+        if self._dispatcher.stopping:
+            raise UnavailableError(_STOPPING)
