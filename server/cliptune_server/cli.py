@@ -63,12 +63,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     import asyncio
+    import gc
 
+    # A collection while importing finds nothing and costs a fifth of the start.
+    gc.disable()
     from cliptune.telemetry import configure_logging, configure_tracing
 
     from cliptune_server.config import ServerConfig
     from cliptune_server.daemon import Daemon
 
+    gc.freeze()
+    gc.enable()
     config = ServerConfig(
         home=arguments.home,
         host=arguments.host,

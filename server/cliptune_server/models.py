@@ -240,7 +240,7 @@ class Models:
             log.info("loaded %s", model.key)
 
     async def _unload(self, key: str) -> None:
-        # Requests that were sent to it are answered first; one that comes too late is sent anew by the router.
+        # Requests that were sent to it are answered first; one that comes too late the router sends anew.
         self.catalog.hide(key)
         await self._engines.unload(key)
         log.info("unloaded %s", key)
