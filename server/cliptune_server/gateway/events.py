@@ -17,6 +17,8 @@ from typing import Any, Final
 from cliptune.errors import CliptuneError, InvalidInputError
 from cliptune.v1 import job_pb2
 from cliptune.wire import problem
+from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from cliptune_server.gateway.messages import json_form
 from cliptune_server.gateway.problems import unexpected
@@ -26,6 +28,21 @@ MEDIA_TYPE: Final = "text/event-stream"
 HEADERS: Final = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _RETRY_MS: Final = 1000
 _MAX_NUMBER: Final = 2**63 - 1
+
+
+class EventStream(StreamingResponse):
+    """An answer of frames. However it ends, the watch below it is closed at once."""
+
+    media_type = MEDIA_TYPE
+
+    def __init__(self, content: AsyncGenerator[str]) -> None:
+        super().__init__(content, headers=HEADERS)
+        self._content = content
+
+    async def stream_response(self, send: Send) -> None:
+        """Send until the frames or the client end."""
+        async with aclosing(self._content):
+            await super().stream_response(send)
 
 
 def frame(event: str, data: dict[str, Any], *, number: int | None = None) -> str:
@@ -46,7 +63,7 @@ def after_number(last_event_id: str | None, after: int) -> int:
 
 async def frames(
     events: AsyncIterator[job_pb2.JobEvent], *, path: str, heartbeat_s: float
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str]:
     """The stream's text. A comment is sent after each `heartbeat_s` without an event. Closes `events`."""
     yield f"retry: {_RETRY_MS}\n\n"
     async with aclosing(_with_heartbeats(events, heartbeat_s)) as beating:

@@ -10,12 +10,13 @@ from cliptune.v1 import job_pb2, training_pb2
 from fastapi import APIRouter, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from cliptune_server.gateway import events
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form
 from cliptune_server.gateway.problems import problems
+from cliptune_server.job import FINAL_STATES
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="The job's id.", examples=["solar-cells-7f3a"])]
@@ -24,7 +25,6 @@ _STATES: Final = {
     for value in job_pb2.JobState.DESCRIPTOR.values
     if value.number
 }
-_ENDED: Final = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 
 
 class CreateJob(BaseModel):
@@ -126,7 +126,7 @@ async def delete_job(request: Request, job_id: JobId) -> Response:
 @router.get(
     "/{job_id}/events",
     summary="Watch a job",
-    response_class=StreamingResponse,
+    response_class=events.EventStream,
     responses={
         200: {
             "description": "Server-sent events; each `data` is a JobEvent.",
@@ -151,14 +151,12 @@ async def watch_job(
     context = context_of(request)
     after = events.after_number(last_event_id, after)
     job = await context.jobs.get(job_id)
-    if job.state in _ENDED and after >= job.last_event_number > 0:
+    if job.state in FINAL_STATES and after >= job.last_event_number > 0:
         return Response(status_code=204)
-    return StreamingResponse(
+    return events.EventStream(
         events.frames(
             context.jobs.watch(job_id, after), path=request.url.path, heartbeat_s=context.heartbeat_s
-        ),
-        media_type=events.MEDIA_TYPE,
-        headers=events.HEADERS,
+        )
     )
 
 
