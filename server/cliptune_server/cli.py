@@ -41,6 +41,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, help="CPU threads of inference (default: it chooses)")
     parser.add_argument(
+        "--no-standby",
+        dest="standby",
+        action="store_false",
+        help="keep no second inference process ready: saves memory, and a dead one is replaced later",
+    )
+    parser.add_argument(
         "--data-root",
         dest="data_roots",
         type=Path,
@@ -81,6 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
         http_port=arguments.http_port,
         device=arguments.device,
         threads=arguments.threads,
+        standby=arguments.standby,
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,

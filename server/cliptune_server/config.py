@@ -57,6 +57,8 @@ class ServerConfig:
     """Device of the engine: "auto", "cpu", "mps", "cuda" or "cuda:N"."""
     threads: int | None = None
     """CPU threads of the engine. None: it chooses."""
+    standby: bool = True
+    """Keep a second engine process ready, so that a dead one is replaced in a second rather than in ten."""
     data_roots: tuple[Path, ...] = ()
     """Folders that jobs may read from, beside the home's own uploads and models."""
     grace_s: float = 30.0

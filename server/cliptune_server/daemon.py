@@ -87,7 +87,10 @@ class Daemon:
 
             engines = EngineSupervisor(
                 EngineConfig(
-                    device=config.device, threads=config.threads, message_bytes=config.limits.message_bytes
+                    device=config.device,
+                    threads=config.threads,
+                    message_bytes=config.limits.message_bytes,
+                    standby=config.standby,
                 ),
                 on_change=self._on_engine,
             )

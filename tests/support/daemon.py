@@ -3,9 +3,9 @@
     with running_daemon(tmp_path / "home", data_roots=[tmp_path]) as daemon:
         grpc.insecure_channel(daemon.grpc) ... httpx.get(f"{daemon.url}/healthz") ...
 
-It starts `cliptune serve` on free ports, reads the one line that it prints, waits on grpc.health.v1 until it
-is ready, and at the end sends SIGTERM and asserts exit status 0. Its log lies beside the home and is attached
-to whatever goes wrong.
+It starts `cliptune serve` on free ports (without a standby engine, which costs seconds of CPU, unless
+asked), reads the one line that it prints, waits on grpc.health.v1 until it is ready, and at the end sends
+SIGTERM and asserts exit status 0. Its log lies beside the home and is attached to whatever goes wrong.
 """
 
 from __future__ import annotations
@@ -116,14 +116,16 @@ def serve_command(
     data_roots: Sequence[Path] = (),
     threads: int = 1,
     device: str = "cpu",
+    standby: bool = False,
     flags: Sequence[str] = (),
 ) -> list[str]:
     """Argument vector of a daemon on free ports."""
+    spare = () if standby else ("--no-standby",)
     roots = [part for root in data_roots for part in ("--data-root", str(root))]
     return [
         *(sys.executable, "-m", "cliptune_server"),
         *("--home", str(home), "--host", "127.0.0.1", "--grpc-port", "0", "--http-port", "0"),
-        *("--device", device, "--threads", str(threads)),
+        *("--device", device, "--threads", str(threads), *spare),
         *roots,
         *flags,
     ]
@@ -135,13 +137,16 @@ def start_daemon(
     data_roots: Sequence[Path] = (),
     threads: int = 1,
     device: str = "cpu",
+    standby: bool = False,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> RunningDaemon:
     """Start one and return when it listens; it may not be ready yet. Its end is up to the caller."""
     log = home.parent / f"{home.name}.daemon.log"
     home.parent.mkdir(parents=True, exist_ok=True)
-    command = serve_command(home, data_roots=data_roots, threads=threads, device=device, flags=flags)
+    command = serve_command(
+        home, data_roots=data_roots, threads=threads, device=device, standby=standby, flags=flags
+    )
     inherited = {name: value for name, value in os.environ.items() if name != "CLIPTUNE_HOME"}
     began = time.monotonic()
     with log.open("ab") as stderr:
@@ -171,13 +176,20 @@ def running_daemon(
     data_roots: Sequence[Path] = (),
     threads: int = 1,
     device: str = "cpu",
+    standby: bool = False,
     flags: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     wait_ready: bool = True,
 ) -> Iterator[RunningDaemon]:
     """A daemon that is ready inside the block, stopped by SIGTERM after it, with exit status 0."""
     daemon = start_daemon(
-        home, data_roots=data_roots, threads=threads, device=device, flags=flags, environment=environment
+        home,
+        data_roots=data_roots,
+        threads=threads,
+        device=device,
+        standby=standby,
+        flags=flags,
+        environment=environment,
     )
     try:
         if wait_ready:
