@@ -1,0 +1,72 @@
+"""How much the engine takes in before it says no.
+
+Enters: the items and bytes of a request. Leaves: room for them until the request is answered, or an error
+that says when to come back. Asked by the engine's servicer before anything is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cliptune.errors import InvalidInputError, OverloadedError, RequestTooLargeError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdmissionLimits:
+    """Bounds of one request and of all together."""
+
+    request_items: int = 4096
+    """In each field of a request."""
+    request_prompts: int = 131_072
+    """Of all classes of a request: ImageNet's 1,000 classes by 80 templates are 80,000."""
+    total_items: int = 16_384
+    total_bytes: int = 512 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for name in ("request_items", "request_prompts", "total_items", "total_bytes"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"admission: {name} must be at least 1, not {getattr(self, name)}")
+
+
+class Admission:
+    """Counts what is inside."""
+
+    def __init__(self, limits: AdmissionLimits, backlog_s: Callable[[], float]) -> None:
+        self.limits = limits
+        self._backlog_s = backlog_s
+        self.items = 0
+        self.bytes = 0
+
+    def check_count(self, field: str, count: int, limit: int | None = None) -> None:
+        """`RequestTooLargeError` when a field of a request holds more than `limit` items."""
+        limit = self.limits.request_items if limit is None else limit
+        if count > limit:
+            raise RequestTooLargeError(
+                f"the request holds {count:,} {field}; at most {limit:,} are taken at a time",
+                field=field,
+                limit=limit,
+            )
+
+    @contextmanager
+    def room(self, items: int, size_bytes: int) -> Iterator[None]:
+        """Holds room for a request.
+
+        `OverloadedError` when there is none; an empty engine takes any request.
+        """
+        full = (
+            self.items + items > self.limits.total_items or self.bytes + size_bytes > self.limits.total_bytes
+        )
+        if full and self.items:
+            raise OverloadedError(
+                f"the engine has {self.items:,} items ({self.bytes / 2**20:.0f} MiB) to answer first",
+                retry_after_s=f"{max(0.1, self._backlog_s()):.1f}",
+            )
+        self.items += items
+        self.bytes += size_bytes
+        try:
+            yield
+        finally:
+            self.items -= items
+            self.bytes -= size_bytes

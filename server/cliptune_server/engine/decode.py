@@ -1,0 +1,84 @@
+"""From what a caller sent to what a tower takes, on threads.
+
+Enters: `Image` messages and texts. Leaves: preprocessed image tensors and tokens, or the item's own error.
+Called by `inference.py`. Images are decoded on a bounded pool; texts on one thread of their own, because
+Hugging Face's tokenisers are not safe on several.
+
+Shape suffixes: C channels, H height, W width, B texts, L tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from cliptune.errors import CliptuneError, ImageDecodeError, TextError
+from cliptune.tensors import unpack
+from cliptune.v1 import tensor_pb2
+from cliptune_model.clip import Clip
+from cliptune_model.pixels import decode_image, image_from_pixels
+from cliptune_model.tokens import check_text
+from torch import Tensor
+
+from cliptune_server.engine.progress import Progress
+
+# The largest image that is taken (100 megapixels) decodes in 3 s on one free core.
+_DECODE_LIMIT_S: Final = 60.0
+# Texts in one turn of the text thread, so that a long request does not hold up a short one.
+_TURN_TEXTS: Final = 64
+
+
+class Decoder:
+    """Threads that decode. `close` ends them."""
+
+    def __init__(self, *, threads: int, progress: Progress) -> None:
+        self._progress: Final = progress
+        self._images: Final = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._texts: Final = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        """Does not wait for what runs: nobody waits for its result."""
+        self._images.shutdown(wait=False, cancel_futures=True)
+        self._texts.shutdown(wait=False, cancel_futures=True)
+
+    async def image(self, clip: Clip, image: tensor_pb2.Image) -> Tensor:
+        """One image → [3, H, W]. Raises what is wrong with it."""
+        return await asyncio.get_running_loop().run_in_executor(self._images, self._image, clip, image)
+
+    async def texts(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:
+        """Texts → [L] each, or the error of that text."""
+        loop = asyncio.get_running_loop()
+        decoded: list[Tensor | CliptuneError] = []
+        for start in range(0, len(texts), _TURN_TEXTS):
+            turn = texts[start : start + _TURN_TEXTS]
+            decoded += await loop.run_in_executor(self._texts, self._tokenise, clip, turn)
+        return decoded
+
+    def _image(self, clip: Clip, image: tensor_pb2.Image) -> Tensor:
+        with self._progress.working(_DECODE_LIMIT_S):
+            match image.WhichOneof("source"):
+                case "encoded":
+                    return clip.preprocess(decode_image(image.encoded))
+                case "pixels":
+                    return clip.preprocess(image_from_pixels(unpack(image.pixels)))
+            raise ImageDecodeError("the image has neither bytes of a file nor pixels")
+
+    def _tokenise(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:
+        with self._progress.working(_DECODE_LIMIT_S):
+            found: list[Tensor | CliptuneError] = []
+            good: list[int] = []
+            for place, text in enumerate(texts):
+                try:
+                    check_text(text)
+                except TextError as error:
+                    found.append(error)
+                else:
+                    good.append(place)
+                    found.append(TextError("not tokenised"))
+            if good:
+                tokens_BL = clip.tokenize([texts[place] for place in good])
+                for place, tokens_L in zip(good, tokens_BL, strict=True):
+                    found[place] = tokens_L
+            return found

@@ -1,0 +1,283 @@
+"""What the engine is asked for: embeddings, and what follows from them.
+
+Enters: public request messages whose `model` is a loaded key. Leaves: public responses. Called by the
+servicer. Each item goes through decode and batcher by itself; the answers are put together here.
+
+Shape suffixes: N images or pairs, M texts, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError
+from cliptune.tensors import pack
+from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
+from cliptune_model.similarity import Cosine
+from opentelemetry import trace
+
+from cliptune_server.engine.admission import Admission
+from cliptune_server.engine.batcher import Batcher
+from cliptune_server.engine.decode import Decoder
+from cliptune_server.engine.models import ModelSet, ServedModel
+from cliptune_server.engine.rows import Rows, item_errors, raise_single
+from cliptune_server.engine.spans import Caller, decode_span
+
+DEFAULT_PROMPT: Final = "a photo of a {label}"
+_MIN_CLASSES: Final = 2
+# Prompts of one request that are in the engine's queues together.
+_PROMPTS_AT_A_TIME: Final = 1024
+
+Vector = npt.NDArray[np.float32]
+
+
+class Inference:
+    """Requests in, responses out, over one `ModelSet`."""
+
+    def __init__(self, *, models: ModelSet, batcher: Batcher, decoder: Decoder, admission: Admission) -> None:
+        self._models: Final = models
+        self._batcher: Final = batcher
+        self._decoder: Final = decoder
+        self._admission: Final = admission
+        self._similarity: Final = Cosine()
+
+    async def embed_images(
+        self, request: inference_pb2.EmbedImagesRequest, caller: Caller
+    ) -> inference_pb2.EmbedImagesResponse:
+        """Unit vectors of images."""
+        self._admission.check_count("images", len(request.images))
+        with (
+            self._models.use(request.model) as model,
+            self._admission.room(len(request.images), request.ByteSize()),
+        ):
+            rows = await self._embed_images(model, request.images, caller)
+        rows.raise_single()
+        return inference_pb2.EmbedImagesResponse(
+            model=model.key, embeddings=pack(rows.vectors), errors=item_errors("images", rows.errors)
+        )
+
+    async def embed_texts(
+        self, request: inference_pb2.EmbedTextsRequest, caller: Caller
+    ) -> inference_pb2.EmbedTextsResponse:
+        """Unit vectors of texts."""
+        self._admission.check_count("texts", len(request.texts))
+        with (
+            self._models.use(request.model) as model,
+            self._admission.room(len(request.texts), request.ByteSize()),
+        ):
+            rows = await self._embed_texts(model, request.texts, caller)
+        rows.raise_single()
+        return inference_pb2.EmbedTextsResponse(
+            model=model.key, embeddings=pack(rows.vectors), errors=item_errors("texts", rows.errors)
+        )
+
+    async def similarity(
+        self, request: inference_pb2.SimilarityRequest, caller: Caller
+    ) -> inference_pb2.SimilarityResponse:
+        """Every image against every text. A failed item's row or column is NaN."""
+        self._admission.check_count("images", len(request.images))
+        self._admission.check_count("texts", len(request.texts))
+        count = len(request.images) + len(request.texts)
+        with (
+            self._models.use(request.model) as model,
+            self._admission.room(count, request.ByteSize()),
+        ):
+            images, texts = await _both(
+                self._embed_images(model, request.images, caller),
+                self._embed_texts(model, request.texts, caller),
+            )
+            images.raise_single()
+            texts.raise_single()
+            scores_NM = await asyncio.to_thread(self._compare, images.vectors, texts.vectors)
+        return inference_pb2.SimilarityResponse(
+            model=model.key,
+            scores=pack(scores_NM),
+            logit_scale=model.clip.logit_scale,
+            errors=item_errors("images", images.errors) + item_errors("texts", texts.errors),
+        )
+
+    async def score_pairs(
+        self, request: inference_pb2.ScorePairsRequest, caller: Caller
+    ) -> inference_pb2.ScorePairsResponse:
+        """Image i against text i. A pair with a failed half is NaN; its image's error is told first."""
+        self._admission.check_count("pairs", len(request.pairs))
+        with (
+            self._models.use(request.model) as model,
+            self._admission.room(2 * len(request.pairs), request.ByteSize()),
+        ):
+            images, texts = await _both(
+                self._embed_images(model, [pair.image for pair in request.pairs], caller),
+                self._embed_texts(model, [pair.text for pair in request.pairs], caller),
+            )
+        errors = {**texts.errors, **images.errors}
+        raise_single(errors, len(request.pairs))
+        a_ND, b_ND = torch.from_numpy(images.vectors), torch.from_numpy(texts.vectors)
+        return inference_pb2.ScorePairsResponse(
+            model=model.key,
+            scores=pack(self._similarity.pairs(a_ND, b_ND).numpy()),
+            logit_scale=model.clip.logit_scale,
+            errors=item_errors("pairs", errors),
+        )
+
+    async def classify(
+        self, request: inference_pb2.ClassifyRequest, caller: Caller
+    ) -> inference_pb2.ClassifyResponse:
+        """Zero-shot: softmax over the classes of logit scale × similarity to the mean of a class's prompts.
+
+        A class with a failed prompt has NaN in its columns and the softmax is over the others; when fewer
+        than two are left, the request fails with that prompt's error.
+        """
+        classes = [(one.label, _prompts(one)) for one in request.classes]
+        _check_labels([label for label, _ in classes])
+        self._admission.check_count("images", len(request.images))
+        self._admission.check_count("classes", len(classes))
+        prompts = sum(len(prompts) for _, prompts in classes)
+        self._admission.check_count("prompts", prompts, self._admission.limits.request_prompts)
+        count = len(request.images) + min(prompts, _PROMPTS_AT_A_TIME)
+        with (
+            self._models.use(request.model) as model,
+            self._admission.room(count, request.ByteSize()),
+        ):
+            images, texts = await _both(
+                self._embed_images(model, request.images, caller),
+                self._embed_classes(model, [prompts for _, prompts in classes], caller),
+            )
+            images.raise_single()
+            if len(classes) - len(texts.errors) < _MIN_CLASSES:
+                raise texts.errors[min(texts.errors)]
+            scores_NC = await asyncio.to_thread(self._compare, images.vectors, texts.vectors)
+        return inference_pb2.ClassifyResponse(
+            model=model.key,
+            labels=[label for label, _ in classes],
+            probabilities=pack(_softmax(model.clip.logit_scale * scores_NC.astype(np.float64))),
+            scores=pack(scores_NC),
+            errors=item_errors("images", images.errors) + item_errors("classes", texts.errors),
+        )
+
+    async def _embed_images(
+        self, model: ServedModel, images: Sequence[tensor_pb2.Image], caller: Caller
+    ) -> Rows:
+        if not images:
+            return Rows.of([], model.dim)
+        left_to_decode = len(images)
+        span = decode_span(caller, "image", len(images))
+
+        async def embed(image: tensor_pb2.Image) -> Vector:
+            nonlocal left_to_decode
+            async with model.decoded_ahead:
+                try:
+                    if caller.late():
+                        raise DeadlineExceededError("the deadline was over before the image was decoded")
+                    image_CHW = await self._decoder.image(model.clip, image)
+                finally:
+                    left_to_decode -= 1
+                    if not left_to_decode:
+                        span.end()
+                return await self._batcher.submit(model.images, image_CHW, caller)
+
+        try:
+            outcomes = await asyncio.gather(*map(embed, images), return_exceptions=True)
+        finally:
+            if left_to_decode:  # cancelled
+                span.end()
+        return Rows.of(outcomes, model.dim)
+
+    async def _embed_texts(self, model: ServedModel, texts: Sequence[str], caller: Caller) -> Rows:
+        if not texts:
+            return Rows.of([], model.dim)
+        with trace.use_span(decode_span(caller, "text", len(texts)), end_on_exit=True):
+            decoded = await self._decoder.texts(model.clip, texts)
+        outcomes: list[Vector | BaseException] = [
+            tokens if isinstance(tokens, CliptuneError) else InvalidInputError("not embedded")
+            for tokens in decoded
+        ]
+        good = [place for place, tokens in enumerate(decoded) if not isinstance(tokens, CliptuneError)]
+        rows = await asyncio.gather(
+            *(self._batcher.submit(model.texts, decoded[place], caller) for place in good),
+            return_exceptions=True,
+        )
+        for place, row in zip(good, rows, strict=True):
+            outcomes[place] = row
+        return Rows.of(outcomes, model.dim)
+
+    async def _embed_classes(
+        self, model: ServedModel, classes: Sequence[Sequence[str]], caller: Caller
+    ) -> Rows:
+        """One unit vector a class.
+
+        Its prompts' mean, made unit length (Radford et al. 2021, section 3.1.4).
+        """
+        outcomes: list[Vector | BaseException | None] = [model.class_vectors.get(one) for one in classes]
+        unknown = [place for place, outcome in enumerate(outcomes) if outcome is None]
+        prompts = [prompt for place in unknown for prompt in classes[place]]
+        parts = [
+            await self._embed_texts(model, prompts[start : start + _PROMPTS_AT_A_TIME], caller)
+            for start in range(0, len(prompts), _PROMPTS_AT_A_TIME)
+        ]
+        vectors_PD = np.concatenate([part.vectors for part in parts]) if parts else np.zeros((0, model.dim))
+        errors = {
+            number * _PROMPTS_AT_A_TIME + place: error
+            for number, part in enumerate(parts)
+            for place, error in part.errors.items()
+        }
+        start = 0
+        for place in unknown:
+            end = start + len(classes[place])
+            failed = [errors[number] for number in range(start, end) if number in errors]
+            if failed:
+                outcomes[place] = failed[0]
+            else:
+                mean_D = vectors_PD[start:end].mean(axis=0, dtype=np.float32)
+                vector_D = mean_D / np.float32(max(float(np.linalg.norm(mean_D)), 1e-12))
+                model.class_vectors.put(classes[place], vector_D)
+                outcomes[place] = vector_D
+            start = end
+        return Rows.of([outcome for outcome in outcomes if outcome is not None], model.dim)
+
+    def _compare(self, a_ND: Vector, b_MD: Vector) -> Vector:
+        scores_NM: Vector = self._similarity(torch.from_numpy(a_ND), torch.from_numpy(b_MD)).numpy()
+        return scores_NM
+
+
+async def _both(images: Awaitable[Rows], texts: Awaitable[Rows]) -> tuple[Rows, Rows]:
+    """Waits for both also when one fails: until then the request uses its model."""
+    first, second = await asyncio.gather(images, texts, return_exceptions=True)
+    if isinstance(first, BaseException):
+        raise first
+    if isinstance(second, BaseException):
+        raise second
+    return first, second
+
+
+def _prompts(one: spec_pb2.ClassPrompts) -> list[str]:
+    return list(one.prompts) or [DEFAULT_PROMPT.format(label=one.label)]
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    if len(labels) < _MIN_CLASSES:
+        raise InvalidInputError(
+            f"classification needs at least {_MIN_CLASSES} classes, and has {len(labels)}", field="classes"
+        )
+    seen: set[str] = set()
+    for place, label in enumerate(labels):
+        if not label.strip():
+            raise InvalidInputError(f"classes[{place}] has no label", field="classes", index=place)
+        if label in seen:
+            raise InvalidInputError(f"the label {label!r} stands twice", field="classes", index=place)
+        seen.add(label)
+
+
+def _softmax(logits_NC: npt.NDArray[np.float64]) -> Vector:
+    """Over the columns that are not NaN."""
+    if not logits_NC.size:
+        return logits_NC.astype(np.float32)
+    lost_N1 = np.isnan(logits_NC).all(axis=1, keepdims=True)
+    top_N1 = np.where(lost_N1, 0.0, np.nanmax(np.where(lost_N1, 0.0, logits_NC), axis=1, keepdims=True))
+    weights_NC = np.exp(logits_NC - top_N1)
+    sum_N1 = np.nansum(weights_NC, axis=1, keepdims=True)
+    return (weights_NC / np.where(lost_N1, 1.0, sum_N1)).astype(np.float32)
