@@ -1,8 +1,8 @@
 """The trainer's process: `python -m cliptune_trainer prepare|run --job-dir D --attempt N ...`.
 
-Enters: arguments and environment from the launcher (`CLIPTUNE_LINK_SECRET`, `TRACEPARENT`, `OTEL_*`). Leaves: a
-journal that ends with how it went; exit status 0 if it does, 1 after a crash. Composes logging, traces, journal, link
-and signals around preparation or a run.
+Enters: arguments and environment from the launcher (`CLIPTUNE_LINK_SECRET`, `TRACEPARENT`, `OTEL_*`).
+Leaves: a journal that ends with how it went; exit status 0 if it does, 1 after a crash. Composes logging,
+traces, journal, link and signals around preparation or a run.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opentelemetry import context
-
 from cliptune.errors import CliptuneError, InternalError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.telemetry import configure_logging, configure_tracing
 from cliptune.tracing import extract_environment, tracer
+from opentelemetry import context
+
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import JournalHandler, Reporter
 from cliptune_trainer.job import JobFolder
@@ -101,9 +101,7 @@ def _prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         reporter.finished(trainer_pb2.OUTCOME_PREPARED)
 
 
-def _run(
-    job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool
-) -> None:
+def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> None:
     """What is wrong with the job ends it; a crash is left to the caller, and to the daemon's retries."""
     try:
         from cliptune_trainer.run import run
@@ -116,7 +114,7 @@ def _run(
 
 
 def _hold_lock(job_dir: Path, descriptor: int | None) -> bool:
-    """The lock says that a trainer lives. The launcher hands it over held; started by hand, it is taken here."""
+    """The lock says that a trainer lives. Handed over held by a launcher; taken here when started by hand."""
     if descriptor is not None:
         # Loader processes must not keep it when the trainer is gone.
         os.set_inheritable(descriptor, False)
@@ -140,7 +138,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--link", default="", help="the daemon's link, unix:PATH; none: train alone")
     parser.add_argument("--lock-fd", type=int, help="descriptor of trainer.lock, held by the launcher")
     parser.add_argument(
-        "--data-root", type=Path, action="append", default=[], help="a folder that may be read; may be repeated"
+        "--data-root",
+        type=Path,
+        action="append",
+        default=[],
+        help="a folder that may be read; may be repeated",
     )
     arguments = parser.parse_args(argv)
     arguments.job_dir = arguments.job_dir.resolve()

@@ -6,7 +6,8 @@ Enters: a running training's parts. Leaves: `checkpoints/step-NNNNNNNN/`, whole 
     training.safetensors   optimizer state and the torch generators
     training.json          step, counters, Python's and numpy's generators, sizes and checksums of the others
 
-A folder is filled under another name, synced and renamed, so that a kill leaves the previous one as the newest.
+A folder is filled under another name, synced and renamed, so that a kill leaves the previous one as the
+newest.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from cliptune.errors import CliptuneError
+from cliptune_model.clip import Clip
+from cliptune_model.exported import Manifest, export_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cliptune.errors import CliptuneError
-from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model
 from cliptune_trainer.files import sync_folder, write_atomically
 
 FORMAT: Final = 1

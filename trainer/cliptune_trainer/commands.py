@@ -1,7 +1,7 @@
 """What the trainer was told and has not done yet.
 
-Enters: instructions of the daemon (through the link) and SIGTERM or SIGINT. Leaves: the same, one at a time, to the
-loop, which asks between two steps. An instruction that comes twice is done once.
+Enters: instructions of the daemon (through the link) and SIGTERM or SIGINT. Leaves: the same, one at a time,
+to the loop, which asks between two steps. An instruction that comes twice is done once.
 """
 
 from __future__ import annotations

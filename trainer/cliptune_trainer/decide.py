@@ -11,6 +11,7 @@ from typing import Final
 
 from cliptune_model.clip import Clip
 from cliptune_model.device import Choice, choose_device, choose_precision, choose_threads
+
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
 
@@ -87,8 +88,8 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         remarks.append(
             Remark(
                 code="learning-rate-high",
-                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained ones mostly"
-                f" forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
+                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained ones"
+                f" mostly forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
             )
         )
     captions = len(set(dataset.train.caption_ids.tolist()))
@@ -96,8 +97,8 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         remarks.append(
             Remark(
                 code="repeated-captions",
-                message=f"{captions} distinct captions in batches of {batch_size}: InfoNCE pushes rows with the same"
-                " caption apart; loss.name = 'multi_positive' does not",
+                message=f"{captions} distinct captions in batches of {batch_size}: InfoNCE pushes rows with"
+                " the same caption apart; loss.name = 'multi_positive' does not",
                 warning=False,
             )
         )
@@ -141,7 +142,9 @@ def _classes(
     if spec.evaluation.classes:
         known = {entry.label for entry in spec.evaluation.classes}
         if labels and known.isdisjoint(labels):
-            raise wrong("evaluation.classes", f"labelled {sorted(known)}", f"labels of the data: {labels[:20]}")
+            raise wrong(
+                "evaluation.classes", f"labelled {sorted(known)}", f"labels of the data: {labels[:20]}"
+            )
         if unknown := sorted(set(labels) - known):
             remarks.append(
                 Remark(

@@ -1,8 +1,8 @@
 """What the model can do on the validation rows: zero-shot classification and retrieval.
 
-Enters: a `Clip` and the validation split. Leaves: a `Measurement`. Called by the loop before, during and after
-training and on command. Everything is computed in fp32 over the whole split at once, so that the numbers do not
-depend on the batch size.
+Enters: a `Clip` and the validation split. Leaves: a `Measurement`. Called by the loop before, during and
+after training and on command. Everything is computed in fp32 over the whole split at once, so that the
+numbers do not depend on the batch size.
 
 I: distinct images, T: distinct captions, C: classes, N: labelled images, D: embedding dimension.
 """
@@ -17,12 +17,12 @@ from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-
 from cliptune.errors import CliptuneError
 from cliptune_model.clip import Clip
 from cliptune_model.similarity import normalise
 from cliptune_model.zero_shot import class_embeddings
+from torch import Tensor, nn
+
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
 from cliptune_trainer.metrics import (
@@ -44,7 +44,7 @@ _QUERIES: Final = 1024
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """Metrics by name and the number of images behind them; `unreadable` images could not be opened any more."""
+    """Metrics by name and the number of images behind them; `unreadable` ones could not be opened."""
 
     metrics: dict[str, float]
     samples: int
@@ -92,9 +92,7 @@ def evaluate(
             metrics |= _zero_shot(
                 images_ID, classes_CD, pairs, [entry.label for entry in classes], clip.logit_scale, readable_I
             )
-    return Measurement(
-        metrics=metrics, samples=int(readable_I.sum()), unreadable=int((~readable_I).sum())
-    )
+    return Measurement(metrics=metrics, samples=int(readable_I.sum()), unreadable=int((~readable_I).sum()))
 
 
 def _zero_shot(
@@ -132,7 +130,7 @@ def _retrieval(
     pairs: Pairs,
     readable_I: np.ndarray[tuple[int], np.dtype[np.bool_]],
 ) -> dict[str, float]:
-    """Recall both ways. A caption's positives are all images that carry it, an image's all captions it carries."""
+    """Recall both ways: a caption's positives are all its images, an image's all its captions."""
     kept = readable_I[pairs.image_ids]
     captions_by_image: dict[int, list[int]] = {}
     images_by_caption: dict[int, list[int]] = {}
@@ -173,7 +171,8 @@ def _embed_images(
     readable_I = np.zeros(len(images), dtype=np.bool_)
     decoder = Decoder(preprocess=clip.transform)
     with thread_pool() as pool:
-        parts = [range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)]
+        starts = range(0, len(images), batch_size)
+        parts = [range(len(images))[start : start + batch_size] for start in starts]
         upcoming = [pool.submit(_open, decoder, images[place]) for place in parts[0]] if parts else []
         for number, part in enumerate(parts):
             _check(interrupted)

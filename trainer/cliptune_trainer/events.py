@@ -12,6 +12,7 @@ from typing import Final
 from cliptune.errors import CliptuneError, to_detail
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
+
 from cliptune_trainer.journal import Journal
 
 _log: Final = logging.getLogger("cliptune_trainer")
@@ -69,15 +70,20 @@ class Reporter:
             done.error.CopyFrom(to_detail(error))
         self._journal.append(job_pb2.JobEvent(command=done), regardless=self._journal.pending > 0)
 
-    def state(self, state: job_pb2.JobState, reason: str, error: CliptuneError | None = None) -> None:
-        """A state that only the trainer knows of: held by a full disk, or going on after it. Told at any price."""
+    def state(
+        self, state: job_pb2.JobState.ValueType, reason: str, error: CliptuneError | None = None
+    ) -> None:
+        """A state that only the trainer knows of: held by a full disk, or going on after it."""
         change = job_pb2.StateChange(state=state, reason=reason)
         if error is not None:
             change.error.CopyFrom(to_detail(error))
         self._journal.append(job_pb2.JobEvent(state=change), regardless=True)
 
     def finished(
-        self, outcome: trainer_pb2.Outcome, error: CliptuneError | None = None, export_path: str = ""
+        self,
+        outcome: trainer_pb2.Outcome.ValueType,
+        error: CliptuneError | None = None,
+        export_path: str = "",
     ) -> None:
         """The last word of the attempt."""
         finished = trainer_pb2.Finished(outcome=outcome, export_path=export_path)
@@ -94,7 +100,8 @@ class JournalHandler(logging.Handler):
         self._reporter = reporter
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the record's message, unless it is an event already, or open_clip's talk through the root logger."""
+        """Writes the record's message, unless it is an event already."""
+        # open_clip talks through the root logger; that goes to stderr only.
         if getattr(record, _SAID, False) or record.name == "root":
             return
         message = record.msg.get("event", "") if isinstance(record.msg, dict) else record.getMessage()

@@ -1,6 +1,7 @@
 """The finished model, as a folder that the registry takes over.
 
-Enters: the trained `Clip` and its metrics. Leaves: `export/` in the job's folder, whole or absent. Called by the loop.
+Enters: the trained `Clip` and its metrics. Leaves: `export/` in the job's folder, whole or absent. Called by
+the loop.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 
 from cliptune_model.clip import Clip
 from cliptune_model.exported import Manifest, export_model
+
 from cliptune_trainer.job import JobFolder
 
 

@@ -1,7 +1,7 @@
 """When the disk is full: keep everything in memory and wait for a word.
 
-Enters: what could not be written. Leaves: None once it is written, or how the attempt ends. Called by the loop. The
-process stays, holding weights and optimizer; the job is shown as paused, with the reason.
+Enters: what could not be written. Leaves: None once it is written, or how the attempt ends. Called by the
+loop. The process stays, holding weights and optimizer; the job is shown as paused, with the reason.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cliptune.errors import CliptuneError, DiskFullError, JobStateError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
+
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.files import is_disk_full
@@ -24,7 +25,7 @@ _log = logging.getLogger(__name__)
 class Ending:
     """How an attempt ended by its own will. `export_path` is relative to the job's folder."""
 
-    outcome: trainer_pb2.Outcome
+    outcome: trainer_pb2.Outcome.ValueType
     export_path: str = ""
 
 
@@ -70,7 +71,9 @@ def hold(
             ending = Ending(outcome=trainer_pb2.OUTCOME_CANCELLED)
         elif name == "suspend":
             if attempt_write(save) is not None:
-                _log.warning("still no room for a checkpoint: the steps since the last one are repeated later")
+                _log.warning(
+                    "still no room for a checkpoint: the steps since the last one are repeated later"
+                )
             return Ending(outcome=trainer_pb2.OUTCOME_SUSPENDED)
         elif name == "pause":
             answer = attempt_write(save)

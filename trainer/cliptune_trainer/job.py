@@ -1,6 +1,7 @@
 """The folder of one job, as the trainer sees it.
 
-Enters: the folder that the launcher names. Leaves: paths and the spec. Called by `main`, preparation and the loop.
+Enters: the folder that the launcher names. Leaves: paths and the spec. Called by `main`, preparation and the
+loop.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from google.protobuf import json_format
-
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
+from google.protobuf import json_format
 
 if TYPE_CHECKING:
     from cliptune_trainer.spec import Spec
@@ -35,7 +35,7 @@ class JobFolder:
 
     def spec(self) -> Spec:
         """The job's spec, checked. Raises `SpecError`."""
-        from cliptune_trainer.spec import from_proto  # brings torch, which the process's start does not wait for
+        from cliptune_trainer.spec import from_proto  # brings torch: not at the process's start
 
         try:
             text = (self.path / "spec.json").read_text(encoding="utf-8")

@@ -1,8 +1,9 @@
 """The journal of an attempt: every event, one JSON line each, on disk before anyone is told.
 
-Enters: public events and the final word. Leaves: lines in `journal/NNNN.jsonl`, and the same events to a listener
-(the link). Called through `Reporter`. A kill at any point leaves whole lines and at most one torn one, which the
-next opening cuts off. When the disk is full, lines wait in memory, in order, for the next attempt to write.
+Enters: public events and the final word. Leaves: lines in `journal/NNNN.jsonl`, and the same events to a
+listener (the link). Called through `Reporter`. A kill at any point leaves whole lines and at most one torn
+one, which the next opening cuts off. When the disk is full, lines wait in memory, in order, for the next
+attempt to write.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from google.protobuf import json_format
-
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
+from google.protobuf import json_format
+
 from cliptune_trainer.files import is_disk_full
 
 Listener = Callable[[trainer_pb2.TrainerEvent], None]
@@ -43,7 +44,8 @@ class Journal:
         return len(self._waiting)
 
     def append(self, body: job_pb2.JobEvent | trainer_pb2.Finished, *, regardless: bool = False) -> None:
-        """Numbers an event, writes it and those that wait before it, and tells the listener of what was written.
+        """Numbers an event, writes it and those that wait before it, and tells the listener of what was
+        written.
 
         Args:
             body: a public event or the attempt's last word.

@@ -1,8 +1,8 @@
 """The line to the daemon: events out, instructions in. Fast, but never needed.
 
-Enters: an address and a secret. Leaves: journaled events for the daemon, its instructions for the inbox. Called by
-`main`. It lives in a thread of its own, reconnects for ever, and training neither waits for it nor notices it: what
-could not be sent is in the journal, where the daemon reads it.
+Enters: an address and a secret. Leaves: journaled events for the daemon, its instructions for the inbox.
+Called by `main`. It lives in a thread of its own, reconnects for ever, and training neither waits for it nor
+notices it: what could not be sent is in the journal, where the daemon reads it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Final
 
 import grpc
-
 from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
+
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.journal import Journal
 
@@ -73,7 +73,7 @@ class Link:
                     if response.WhichOneof("message") == "instruction":
                         self._inbox.put(response.instruction)
             except grpc.RpcError as error:
-                status = error.code() if isinstance(error, grpc.Call) else None
+                status = getattr(error, "code", lambda: None)()
                 if status is not told and not self._closing.is_set():
                     _log.info("the link to the daemon is down (%s); training goes on", status)
                 told = status

@@ -1,8 +1,8 @@
 """A run of a job, top to bottom: data → towers → loss → step → events → checkpoint → evaluation → export.
 
-Enters: the job's folder and an inbox. Leaves: events, checkpoints, and a finished model, or a checkpoint to go on
-from. Called by `main`. Between two steps the training is a pure function of what a checkpoint holds; whatever it is
-told, it does there.
+Enters: the job's folder and an inbox. Leaves: events, checkpoints, and a finished model, or a checkpoint to
+go on from. Called by `main`. Between two steps the training is a pure function of what a checkpoint holds;
+whatever it is told, it does there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from typing import Final
 
 import torch
-
 from cliptune.errors import (
     CancelledError,
     CliptuneError,
@@ -26,6 +25,7 @@ from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.device import device_memory_bytes
+
 from cliptune_trainer.checkpoint import TrainingState, random_state, restore_random_state, save_checkpoint
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.data.dataset import Dataset
@@ -187,15 +187,16 @@ class Training:
         what = "loss" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
         if self._skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise InvalidInputError(
-                f"the {what} was no finite number in {self._skipped_in_row} steps in a row, up to step {self._step}: "
-                "lower train.learning_rate, or use train.precision = 'fp32'",
+                f"the {what} was no finite number in {self._skipped_in_row} steps in a row, up to step"
+                f" {self._step}: lower train.learning_rate, or use train.precision = 'fp32'",
                 step=self._step,
             )
         self._reporter.notice(
             "step-skipped", f"step {self._step}: the {what} is no finite number; no weight was changed"
         )
 
-    # -- evaluation ------------------------------------------------------------------------------------------------
+    # -- evaluation
+    # ------------------------------------------------------------------------------------------------
 
     def _evaluation_due(self) -> str | None:
         """The occasion, if the place in the run is one and it has not been measured yet."""
@@ -211,7 +212,9 @@ class Training:
 
     def _evaluate(self, occasion: str) -> bool:
         """Measures and tells; False when it gave way to an instruction that ends the attempt."""
-        with tracer().start_as_current_span("evaluate", attributes={"occasion": occasion, "step": self._step}):
+        with tracer().start_as_current_span(
+            "evaluate", attributes={"occasion": occasion, "step": self._step}
+        ):
             try:
                 measured = evaluate(
                     self._clip,
@@ -231,7 +234,8 @@ class Training:
             self._evaluated_step, self._metrics = self._step, measured.metrics
         return True
 
-    # -- checkpoints and export ------------------------------------------------------------------------------------
+    # -- checkpoints and export
+    # ------------------------------------------------------------------------------------
 
     def _checkpoint_due(self) -> bool:
         if self._saved_step == self._step or self._step == 0:
@@ -308,7 +312,8 @@ class Training:
         self._clip.model.eval()
         export(self._job, self._clip, precision=self._precision.name, metrics=self._metrics)
 
-    # -- instructions ----------------------------------------------------------------------------------------------
+    # -- instructions
+    # ----------------------------------------------------------------------------------------------
 
     def _obey(self) -> Ending | None:
         """Carries out what waits in the inbox; the attempt's end if that was asked for."""
@@ -330,7 +335,8 @@ class Training:
     def _suspend(self) -> Ending:
         if self._saved_step != self._step and (error := attempt_write(self._save)):
             self._reporter.notice(
-                "checkpoint-failed", f"{error.message}: the steps since the last checkpoint are repeated later"
+                "checkpoint-failed",
+                f"{error.message}: the steps since the last checkpoint are repeated later",
             )
         return Ending(outcome=trainer_pb2.OUTCOME_SUSPENDED)
 
@@ -357,7 +363,8 @@ class Training:
             return error
         return attempt_write(lambda: self._peaks.change(self._step, learning_rate))
 
-    # -- what the loader finds -------------------------------------------------------------------------------------
+    # -- what the loader finds
+    # -------------------------------------------------------------------------------------
 
     def _on_bad_row(self, pair: Pair, reason: str) -> None:
         if len(self._loader.bad_rows) <= _MAX_ROW_NOTICES:

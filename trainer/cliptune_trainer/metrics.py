@@ -1,7 +1,8 @@
 """Measures of classification and retrieval, exact and whole-set.
 
-Enters: scores and truths as arrays. Leaves: numbers in [0, 1]. Called by evaluation. Similarities are rounded to
-`DECIMALS` first: below that lies rounding noise, which depends on the batch size, and ties must not be broken by it.
+Enters: scores and truths as arrays. Leaves: numbers in [0, 1]. Called by evaluation. Similarities are
+rounded to `DECIMALS` first: below that lies rounding noise, which depends on the batch size, and ties must
+not be broken by it.
 
 N: samples, C: classes, Q: queries, K: candidates.
 """
@@ -30,7 +31,8 @@ def balanced_accuracy(truth_N: Integers, predicted_N: Integers) -> float:
 
 
 def auroc(positive_N: Booleans, scores_N: Floats) -> float:
-    """Area under the receiver operating characteristic: how often a positive outranks a negative; ties count half.
+    """Area under the receiver operating characteristic: how often a positive outranks a negative; ties count
+    half.
 
     NaN where all samples, or none, are positive.
     """
@@ -48,7 +50,8 @@ def auroc(positive_N: Booleans, scores_N: Floats) -> float:
 def auroc_one_vs_rest(truth_N: Integers, logits_NC: Floats) -> float:
     """Mean over classes of the AUROC of that class's probability; classes that cannot be judged are left out.
 
-    The probability is compared as its log-odds, of the same order, which a large logit scale does not round to 1.
+    The probability is compared as its log-odds, of the same order, which a large logit scale does not round
+    to 1.
     """
     areas = []
     for label in range(logits_NC.shape[1]):

@@ -1,7 +1,7 @@
 """AdamW with the groups that CLIP needs.
 
-Enters: a model and its learning rate. Leaves: an optimizer, and its state as named tensors for checkpoints. Called by
-the loop. Biases, norms, class and position embeddings and the logit scale take no weight decay.
+Enters: a model and its learning rate. Leaves: an optimizer, and its state as named tensors for checkpoints.
+Called by the loop. Biases, norms, class and position embeddings and the logit scale take no weight decay.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:
 
 
 def load_state_tensors(optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    """Inverse of `state_tensors`, for an optimizer built in the same way. Raises KeyError for a foreign parameter."""
+    """Inverse of `state_tensors`, for an optimizer of the same model. Raises KeyError for another's."""
     places = {name: place for place, name in enumerate(_named(optimizer))}
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -1,7 +1,7 @@
 """How fast training goes.
 
-Enters: finished steps. Leaves: samples a second and the seconds that are left. Called by the loop. Evaluation and
-checkpoints are not counted: the loop says when it goes back to training.
+Enters: finished steps. Leaves: samples a second and the seconds that are left. Called by the loop.
+Evaluation and checkpoints are not counted: the loop says when it goes back to training.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """In which number format the towers compute.
 
-Enters: "fp32", "bf16" or "fp16" and a device. Leaves: an autocast context and, for fp16, a gradient scaler. Called by
-the step. Weights stay fp32 always; features, loss and optimizer are fp32 too.
+Enters: "fp32", "bf16" or "fp16" and a device. Leaves: an autocast context and, for fp16, a gradient scaler.
+Called by the step. Weights stay fp32 always; features, loss and optimizer are fp32 too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Preparation: whether a job can run, and what it will take. On the CPU, whatever device the job will use.
 
-Enters: the job's folder. Leaves: a `JobPlan` in the journal, and what was found out about the data for `run`. Called
-by `main`. Whatever is wrong with spec, data or model is said here, before the job waits for a device.
+Enters: the job's folder. Leaves: a `JobPlan` in the journal, and what was found out about the data for
+`run`. Called by `main`. Whatever is wrong with spec, data or model is said here, before the job waits for a
+device.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
-
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
+from torch import Tensor
+
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.loader import Batch, Loader
@@ -106,7 +107,12 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions) -> 
     step = Step(clip, LOSSES[spec.loss], optimizer, precision, clip_norm=spec.train.clip_norm)
     clip.model.train()
     with Loader(
-        dataset.train, decoder, clip.tokenize, batch_size=pairs, seed=spec.train.seed, max_bad=len(dataset.train)
+        dataset.train,
+        decoder,
+        clip.tokenize,
+        batch_size=pairs,
+        seed=spec.train.seed,
+        max_bad=len(dataset.train),
     ) as loader:
         first, second = loader.batches(0, 2) if loader.steps_per_epoch > 1 else [*loader.batches(0, 1)] * 2
     activations = _activation_bytes(clip, spec, precision, first)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
 from cliptune.errors import InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
+
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.data.dataset import load_findings, read_dataset
@@ -26,7 +26,7 @@ from cliptune_trainer.loop import Training
 
 
 def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> Ending:
-    """Trains the job. Raises a `CliptuneError` for what cannot be trained; anything else is a crash, to be retried."""
+    """Trains the job. Raises a `CliptuneError` for what cannot be trained; anything else is a crash."""
     spec = job.spec()
     hardware = decide_hardware(spec)
     device = hardware.device.value
@@ -41,7 +41,9 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         for remark in decisions.remarks:
             reporter.notice(remark.code, remark.message, warning=remark.warning)
     elif known.tables != dataset.findings.tables:
-        reporter.notice("data-changed", "the data files are not the ones that were prepared; they were read anew")
+        reporter.notice(
+            "data-changed", "the data files are not the ones that were prepared; they were read anew"
+        )
     where = f"goes on after step {state.step}" if state else "begins"
     reporter.milestone(f"training {where} of {decisions.total_steps} on {device}")
     training = Training(
@@ -77,4 +79,4 @@ def _make_repeatable(device: str, threads: int) -> None:
     if device == "cpu":
         torch.use_deterministic_algorithms(True)
         # Not needed for repeatable results, and it costs a write of every new tensor.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """The learning rate of a step: a shape in [0, 1] times the peak.
 
-Enters: a step and the run's length. Leaves: a share of the peak. Called by the loop. The shape is a pure function
-of the step, so there is no scheduler state to restore. The peak is a history that a command may add to; it lives
-in a file of the job, so that a resumed run repeats every change at the step where it was made.
+Enters: a step and the run's length. Leaves: a share of the peak. Called by the loop. The shape is a pure
+function of the step, so there is no scheduler state to restore. The peak is a history that a command may add
+to; it lives in a file of the job, so that a resumed run repeats every change at the step where it was made.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class PeakHistory:
         return next(peak for since, peak in reversed(self._changes) if since <= step)
 
     def change(self, step: int, peak: float) -> None:
-        """From `step` finished steps on, the peak is this one. On disk when this returns; OSError if it cannot be."""
+        """From `step` finished steps on, the peak is this one. On disk when this returns, else OSError."""
         later = [(since, value) for since, value in self._changes[1:] if since < step] + [(step, peak)]
         write_atomically(self._path, json.dumps({"changes": later}).encode())
         self._changes[1:] = later

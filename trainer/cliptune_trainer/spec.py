@@ -15,6 +15,7 @@ from typing import Final
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
 from cliptune_model.source import ModelSource
+
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.schedule import SHAPES
 
@@ -211,8 +212,8 @@ def _source(message: spec_pb2.ModelSpec) -> ModelSource:
         raise wrong(
             "model.name",
             "empty",
-            "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a configuration shipped with cliptune, or"
-            " registry:NAME",
+            "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a configuration shipped with"
+            " cliptune, or registry:NAME",
         )
     return ModelSource(name=message.name, pretrained=message.pretrained)
 

@@ -1,7 +1,7 @@
 """Training-time changes to an image, before the model's own preprocessing.
 
-Enters: an image and (seed, epoch, row). Leaves: an image. Called where a row is decoded, in whatever thread or
-process. The randomness is a pure function of (seed, epoch, row): where the loader stands is then told by
+Enters: an image and (seed, epoch, row). Leaves: an image. Called where a row is decoded, in whatever thread
+or process. The randomness is a pure function of (seed, epoch, row): where the loader stands is then told by
 (epoch, batch) alone, and a resumed run draws what the first one would have drawn.
 """
 
@@ -14,13 +14,14 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageOps
 
-# Share of the area and aspect ratio that a crop keeps. Milder than ImageNet's: a caption describes the whole image.
+# Share of the area and aspect ratio that a crop keeps. Milder than ImageNet's: a caption describes the whole
+# image.
 CROP_AREA: Final = (0.6, 1.0)
 CROP_ASPECT: Final = (3 / 4, 4 / 3)
 
 
 def augment(image: Image.Image, name: str, *, seed: int, epoch: int, row: int) -> Image.Image:
-    """Applies "none", "flip" (left-right, half of the time) or "crop" (a random rectangle, then nothing else)."""
+    """Applies "none", "flip" (left-right, half of the time) or "crop" (a random rectangle)."""
     # Draws come from their own stream (1), apart from the one that orders an epoch.
     return _AUGMENTATIONS[name](image, np.random.default_rng([seed, epoch, row, 1]))
 

@@ -1,7 +1,7 @@
 """A job's data, looked at once: which rows train, which validate, which cannot be used.
 
-Enters: the data part of a spec. Leaves: a `Dataset`. Called by `prepare`, which opens every image, and by `run`,
-which trusts what `prepare` found as long as the table files are the same.
+Enters: the data part of a spec. Leaves: a `Dataset`. Called by `prepare`, which opens every image, and by
+`run`, which trusts what `prepare` found as long as the table files are the same.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-
 from cliptune.errors import CliptuneError, DataError
 from cliptune_model.pixels import decode_image
+
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_column, split_by_group
 from cliptune_trainer.data.table import BadRow, Pair, Table, read_table
 from cliptune_trainer.spec import DataConfig
 
-# Decoding every image of a huge table would take hours: beyond this many only an even sample is decoded, and the
-# others are checked for being there.
+# Decoding every image of a huge table would take hours: beyond this many only an even sample is decoded, and
+# the others are checked for being there.
 MAX_DECODED: Final = 20_000
 _LISTED: Final = 5
 
@@ -46,7 +46,7 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Findings:
-    """What examining the tables found: their fingerprints and the rows to leave out. Stored between processes."""
+    """What examining the tables found: their fingerprints and the rows to leave out."""
 
     tables: dict[str, str]
     unreadable: dict[str, dict[int, str]]
@@ -172,8 +172,8 @@ def _check_share(table: Table, skipped: list[BadRow], allowed: float) -> None:
     if len(skipped) > allowed * rows:
         first = min(skipped, key=lambda bad_row: bad_row.row)
         raise DataError(
-            f"{len(skipped)} of {rows} rows of {table.path} cannot be used, more than data.max_bad_fraction = "
-            f"{allowed:g} allows; the first is row {first.row}: {first.reason}",
+            f"{len(skipped)} of {rows} rows of {table.path} cannot be used, more than "
+            f"data.max_bad_fraction = {allowed:g} allows; the first is row {first.row}: {first.reason}",
             file=table.path,
             row=first.row,
             bad_rows=len(skipped),

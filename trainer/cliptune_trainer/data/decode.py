@@ -1,7 +1,7 @@
 """From an image file to the model's input, in a thread or in a process of its own.
 
-Enters: a path with (epoch, row). Leaves: preprocessed pixels. Called by the loader and by evaluation. Processes are
-spawned, never forked: neither a gRPC channel nor a device survives a fork.
+Enters: a path with (epoch, row). Leaves: preprocessed pixels. Called by the loader and by evaluation.
+Processes are spawned, never forked: neither a gRPC channel nor a device survives a fork.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
+from cliptune_model.pixels import decode_image
 from PIL import Image
 from torch import Tensor
 
-from cliptune_model.pixels import decode_image
 from cliptune_trainer.data.augment import augment
 
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]  # [3, H, W]

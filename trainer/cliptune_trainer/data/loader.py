@@ -1,10 +1,13 @@
 """Batches of image-caption pairs, decoded ahead of the step that needs them.
 
-Enters: pairs and a decoder. Leaves: `Batch`es, one for each step. Called by the loop. Which rows a step sees and how
-they are augmented is a pure function of (seed, step), so a loader is restored by telling it the step to begin with.
+Enters: pairs and a decoder. Leaves: `Batch`es, one for each step. Called by the loop. Which rows a step sees
+and how they are augmented is a pure function of (seed, step), so a loader is restored by telling it the step
+to begin with.
 
 B: pairs in a batch, L: context length, H, W: image height and width.
 """
+
+# ruff: noqa: N815 - attributes carry shapes too
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from typing import Final, Self
 
 import numpy as np
 import torch
+from cliptune.errors import CliptuneError, DataError
 from torch import Tensor
 
-from cliptune.errors import CliptuneError, DataError
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, process_pool, thread_pool, work
 from cliptune_trainer.data.table import Pair
@@ -53,7 +56,8 @@ class _Pending:
 
 
 class Loader:
-    """Shuffled batches, whole ones only: the rest of an epoch that fills no batch is left out, another each time.
+    """Shuffled batches, whole ones only: the rest of an epoch that fills no batch is left out, another each
+    time.
 
     Args:
         pairs: the training split.
@@ -133,8 +137,8 @@ class Loader:
         places: list[int] = []
         images: list[Pixels] = []
         for place, future in zip(batch.places, batch.images, strict=True):
-            place, image = self._image(place, batch.epoch, future)  # noqa: PLW2901
-            places.append(place)
+            seen, image = self._image(place, batch.epoch, future)
+            places.append(seen)
             images.append(image)
         return Batch(
             epoch=batch.epoch,
@@ -146,7 +150,7 @@ class Loader:
         )
 
     def _image(self, place: int, epoch: int, future: Future[Pixels]) -> tuple[int, Pixels]:
-        """The row's image, or a stand-in's place and image; the same stand-in whenever the run is repeated."""
+        """The row's image, or a stand-in's place and image: the same one whenever the run is repeated."""
         pair = self._pairs.pairs[place]
         try:
             return place, future.result()
@@ -173,8 +177,8 @@ class Loader:
         reason = error.message if isinstance(error, CliptuneError) else error.strerror or str(error)
         if len(self.bad_rows) > self._max_bad:
             raise DataError(
-                f"{len(self.bad_rows)} rows became unreadable while training, more than data.max_bad_fraction allows;"
-                f" the last is row {pair.row}: {pair.image.name}: {reason}",
+                f"{len(self.bad_rows)} rows became unreadable while training, more than data.max_bad_fraction"
+                f" allows; the last is row {pair.row}: {pair.image.name}: {reason}",
                 file=pair.image,
                 row=pair.row,
             )

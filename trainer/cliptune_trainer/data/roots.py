@@ -1,7 +1,7 @@
 """The folders that a job may read from.
 
-Enters: a path out of a spec or a table. Leaves: the real path, symbolic links followed. Called by whatever opens
-a file that a user named. A path that leads elsewhere is a `PathOutsideRootsError`.
+Enters: a path out of a spec or a table. Leaves: the real path, symbolic links followed. Called by whatever
+opens a file that a user named. A path that leads elsewhere is a `PathOutsideRootsError`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which rows are held out for validation.
 
-Enters: the rows of a table. Leaves: two lists, training and validation. Called by `dataset`. What belongs together
-(one group, one image) never parts; the choice depends on the seed and on names alone, not on the rows' order.
+Enters: the rows of a table. Leaves: two lists, training and validation. Called by `dataset`. What belongs
+together (one group, one image) never parts; the choice depends on the seed and on names alone, not on the
+rows' order.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Sequence
 
 from cliptune.errors import DataError
+
 from cliptune_trainer.data.table import Pair
 
 
@@ -41,7 +43,7 @@ def split_by_group(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[l
 
 
 def _groups(pairs: Sequence[Pair]) -> list[str]:
-    """A name of its group for each row: rows that share a group value or an image, however indirectly, share it."""
+    """Its group's name for each row: rows that share a group value or an image, even indirectly, share it."""
     parent: dict[str, str] = {}
 
     def find(node: str) -> str:

@@ -17,6 +17,7 @@ from typing import Final
 
 from cliptune.errors import CliptuneError, DataError, MissingColumnError
 from cliptune_model.tokens import check_text
+
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.spec import DataConfig
 
@@ -25,7 +26,7 @@ SPLITS: Final = {"train": "train", "val": "val", "validation": "val", "valid": "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """A usable row. `row` counts from 1, the first after the header; `reference` is the image as the table has it."""
+    """A usable row. `row` 1 is the first after the header; `reference` is the image as the table has it."""
 
     row: int
     image: Path
@@ -89,7 +90,7 @@ def read_table(path: str, config: DataConfig, roots: DataRoots) -> Table:
     return Table(path=file, sha256=hashlib.sha256(content).hexdigest(), pairs=tuple(pairs), bad=tuple(bad))
 
 
-class _UnusableRow(Exception):
+class _UnusableRow(Exception):  # noqa: N818 - says why, and goes no further
     """Why a row is left out."""
 
 

@@ -1,7 +1,7 @@
 """Contrastive losses by name.
 
-Enters: unit features of both towers, the logit scale, and which rows share an image or a caption. Leaves: a scalar.
-Called by the step. A loss is a pure function; a new one is a file here and a line in `LOSSES`.
+Enters: unit features of both towers, the logit scale, and which rows share an image or a caption. Leaves: a
+scalar. Called by the step. A loss is a pure function; a new one is a file here and a line in `LOSSES`.
 """
 
 from __future__ import annotations

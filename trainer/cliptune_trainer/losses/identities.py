@@ -1,5 +1,7 @@
 """Which rows of a batch show the same image or carry the same caption."""
 
+# ruff: noqa: N815 - attributes carry shapes too
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identities:
-    """Two rows with one id are the same image, or the same caption. Both int64 [N], on the features' device."""
+    """Rows with one id are the same image, or the same caption. int64 [N], on the features' device."""
 
     image_ids_N: Tensor
     caption_ids_N: Tensor

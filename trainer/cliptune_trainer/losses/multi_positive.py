@@ -1,7 +1,7 @@
 """A contrastive loss in which rows with one caption, or one image, are positives of each other.
 
-With few distinct captions InfoNCE pushes apart pairs that belong together; here they share the target instead.
-N: pairs in the batch, D: embedding dimension.
+With few distinct captions InfoNCE pushes apart pairs that belong together; here they share the target
+instead. N: pairs in the batch, D: embedding dimension.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from cliptune_trainer.losses.identities import Identities
 def multi_positive(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, identities: Identities) -> Tensor:
     """Mean over rows of the mean negative log-likelihood of the row's positives, in both directions.
 
-    Khosla et al. 2020 (SupCon), Eq. 2 (the sum over positives outside the logarithm), between the two towers as in
-    Yang et al. 2022 (UniCL). Without repeats it equals InfoNCE.
+    Khosla et al. 2020 (SupCon), Eq. 2 (the sum over positives outside the logarithm), between the two towers
+    as in Yang et al. 2022 (UniCL). Without repeats it equals InfoNCE.
 
     Args:
         image_ND: image features of unit length.
