@@ -78,12 +78,10 @@ async def embed_images(
 )
 async def similarity(request: Request, body: forms.SimilarityBody) -> Response:
     """Cosine similarities [images][texts]; multiply by `logit_scale` before a softmax."""
-    answer = await context_of(request).router.similarity(
-        inference_pb2.SimilarityRequest(
-            model=body.model, images=forms.image_messages(body.images), texts=body.texts
-        ),
-        timeout_of(request),
+    wanted = inference_pb2.SimilarityRequest(
+        model=body.model, images=forms.image_messages(body.images), texts=body.texts
     )
+    answer = await context_of(request).router.similarity(wanted, timeout_of(request))
     return JSONResponse(
         {
             "model": answer.model,
@@ -108,9 +106,8 @@ async def score_pairs(request: Request, body: forms.ScorePairsBody) -> Response:
         )
         for i, pair in enumerate(body.pairs)
     ]
-    answer = await context_of(request).router.score_pairs(
-        inference_pb2.ScorePairsRequest(model=body.model, pairs=pairs), timeout_of(request)
-    )
+    wanted = inference_pb2.ScorePairsRequest(model=body.model, pairs=pairs)
+    answer = await context_of(request).router.score_pairs(wanted, timeout_of(request))
     return JSONResponse(
         {
             "model": answer.model,

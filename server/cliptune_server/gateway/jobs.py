@@ -75,13 +75,12 @@ async def create_job(
     idempotency_key: Annotated[str, Header(description="The same as in the body.")] = "",
 ) -> Response:
     """Checks the spec's shape and answers with the job, which is then prepared and queued."""
-    job = await context_of(request).jobs.create(
-        training_pb2.CreateJobRequest(
-            spec=spec_from_mapping(body.spec),
-            validate_only=body.validate_only,
-            idempotency_key=body.idempotency_key or idempotency_key,
-        )
+    wanted = training_pb2.CreateJobRequest(
+        spec=spec_from_mapping(body.spec),
+        validate_only=body.validate_only,
+        idempotency_key=body.idempotency_key or idempotency_key,
     )
+    job = await context_of(request).jobs.create(wanted)
     if body.validate_only:
         return JSONResponse(json_form(job))
     return JSONResponse(json_form(job), 201, headers={"Location": f"/v1/jobs/{job.id}"})
@@ -100,14 +99,10 @@ async def list_jobs(
         if name not in _STATES:
             allowed = ", ".join(_STATES)
             raise InvalidInputError(f"state {name!r} is none of {allowed}", path="state", allowed=allowed)
-    page = await context_of(request).jobs.list(
-        training_pb2.ListJobsRequest(
-            states=[_STATES[name] for name in wanted],
-            page_size=page_size,
-            page_token=page_token,
-        )
+    query = training_pb2.ListJobsRequest(
+        states=[_STATES[name] for name in wanted], page_size=page_size, page_token=page_token
     )
-    return JSONResponse(json_form(page))
+    return JSONResponse(json_form(await context_of(request).jobs.list(query)))
 
 
 @router.get("/{job_id}", summary="Get a job", response_model=JobJson, responses=problems(404))
@@ -126,6 +121,7 @@ async def delete_job(request: Request, job_id: JobId) -> Response:
 @router.get(
     "/{job_id}/events",
     summary="Watch a job",
+    status_code=200,
     response_class=events.EventStream,
     responses={
         200: {
