@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 class EngineConfig:
     """How engines are run and watched."""
 
+    command: tuple[str, ...] = (sys.executable, "-m", "cliptune_server.engine")
     device: str = "auto"
     threads: int | None = None
     """None: the engine chooses."""
@@ -91,8 +92,15 @@ class EngineProcess:
     @classmethod
     async def launch(cls, socket: Path, config: EngineConfig) -> EngineProcess:
         """Starts a process and returns when it listens. `UnavailableError` when it does not come to that."""
-        command = [sys.executable, "-m", "cliptune_server.engine", "--socket", f"unix:{socket}"]
-        command += ["--device", config.device, "--message-bytes", str(config.message_bytes)]
+        command = [
+            *config.command,
+            "--socket",
+            f"unix:{socket}",
+            "--device",
+            config.device,
+            "--message-bytes",
+            str(config.message_bytes),
+        ]
         if config.threads is not None:
             command += ["--threads", str(config.threads)]
         process = await asyncio.create_subprocess_exec(
