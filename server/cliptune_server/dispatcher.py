@@ -97,12 +97,11 @@ class Dispatcher:
         """Puts a new job on its way."""
         self.spawn(self._guard(job, self._prepare(job)))
 
-    def enqueue(self, job: LiveJob) -> None:
-        """Queues a job for its device and starts whatever is next."""
+    def queue(self, job: LiveJob) -> None:
+        """Gives a job its place in its device's queue; `schedule` starts what is next."""
         self.scheduler.enqueue(
             Waiting(job_id=job.id, device=job.record.device, ticket_ns=job.record.ticket_ns)
         )
-        self.schedule()
 
     def schedule(self) -> None:
         """Starts the next job of every free device."""
@@ -127,9 +126,7 @@ class Dispatcher:
         elif job.state == JOB_STATE_PREPARING:
             self.prepare(job)
         elif job.state == JOB_STATE_QUEUED:
-            self.scheduler.enqueue(
-                Waiting(job_id=job.id, device=job.record.device, ticket_ns=job.record.ticket_ns)
-            )
+            self.queue(job)
 
     async def clear_away(self, folder: JobFolder) -> None:
         """Removes a folder that a killed daemon left behind, with the trainer in it."""
@@ -213,6 +210,7 @@ class Dispatcher:
         async with job.deciding:
             if self.stopping or job.state != JOB_STATE_QUEUED:
                 self.scheduler.release(job.id)
+                self.schedule()
                 return
             former = await self._in_thread(job.folder.launch_note)
             attempt = max(job.record.message.attempt, former.attempt if former else 0) + 1
@@ -281,8 +279,6 @@ class Dispatcher:
             await self._publish(job, attempt, job.folder.export_path(ending.finished.export_path))
         elif verdict.state == JOB_STATE_UNSPECIFIED:
             self.prepare(job)
-        elif verdict.state == JOB_STATE_QUEUED and not job.header.validate_only:
-            self.enqueue(job)
         self.schedule()
 
     def _what_happened(self, job: LiveJob, verdict: Verdict, ending: Ending) -> list[job_pb2.JobEvent]:

@@ -71,8 +71,8 @@ class EventLog:
     async def append(self, entries: Sequence[Entry]) -> None:
         """Numbers the events (in place), writes them, then shows them to the watchers.
 
-        On a full disk they are kept in memory and written by a later call: the events of a job that pauses for
-        that reason must still reach its watchers. Must not be cancelled half-way: callers shield it.
+        On a full disk they are kept in memory and written by a later call: the events of a job that pauses
+        for that reason must still reach its watchers. Must not be cancelled half-way: callers shield it.
         """
         async with self._appending:
             for entry in entries:

@@ -97,8 +97,8 @@ class JobIndex:
     async def count_by_state(self) -> Counter[str]:
         """ "RUNNING" → how many."""
         query = select(JobRow.state, func.count()).group_by(JobRow.state)
-        rows = await self._database.run(lambda session: session.execute(query).tuples().all())
-        return Counter({state_name(State(state)): count for state, count in rows})
+        rows = await self._database.run(lambda session: session.execute(query).all())
+        return Counter({state_name(State(state)): int(count) for state, count in rows})
 
     async def page(self, states: Sequence[State], size: int, token: str) -> Page:
         """A page of jobs, newest first. `InvalidInputError` for a size or token that makes no sense."""

@@ -287,7 +287,7 @@ class Jobs:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise DiskFullError(f"no room for a new job in {self._home.jobs_dir}") from error
             raise
-        job = await LiveJob.open(folder, header, spec, self._threads, self._on_append)
+        job = await LiveJob.open(folder, header, spec, self._threads, self)
         self._live[job.id] = job
         await job.enter(JOB_STATE_PREPARING)
         return job
@@ -335,7 +335,7 @@ class Jobs:
         try:
             if name == "resume":
                 await job.enter(JOB_STATE_QUEUED, "resumed", before=[done])
-                self._dispatcher.enqueue(job)
+                self._dispatcher.schedule()
             else:
                 self._dispatcher.scheduler.withdraw(job.id)
                 state = JOB_STATE_PAUSED if name == "pause" else JOB_STATE_CANCELLED
@@ -361,7 +361,7 @@ class Jobs:
             if header.validate_only:
                 await self._dispatcher.clear_away(folder)
                 return
-            job = await LiveJob.open(folder, header, spec, self._threads, self._on_append)
+            job = await LiveJob.open(folder, header, spec, self._threads, self)
             if job.state == job_pb2.JOB_STATE_UNSPECIFIED:
                 await job.enter(JOB_STATE_PREPARING)
         except (CorruptJobError, CorruptLogError, OSError) as error:
@@ -370,7 +370,13 @@ class Jobs:
         if not (await self._index.save(job) and job.record.ended):
             self._live[job.id] = job
 
-    async def _on_append(self, job: LiveJob, entries: Sequence[Entry]) -> None:
+    def entered(self, job: LiveJob) -> None:
+        """Keeps the queue in step with the states (`JobListener`)."""
+        if job.state == JOB_STATE_QUEUED and not job.header.validate_only:
+            self._dispatcher.queue(job)
+
+    async def appended(self, job: LiveJob, entries: Sequence[Entry]) -> None:
+        """Keeps the index in step with the states (`JobListener`)."""
         self._events += len(entries)
         new_state = any(entry.event.WhichOneof("body") == "state" for entry in entries)
         if job.header.validate_only or not new_state:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cliptune.errors import CliptuneError, UnavailableError, from_detail, to_detail
 from cliptune.internal.v1 import trainer_pb2
@@ -39,6 +39,18 @@ class PendingCommand:
     """Number of the event that acknowledges it."""
 
 
+class JobListener(Protocol):
+    """Who keeps lists of jobs up to date."""
+
+    def entered(self, job: LiveJob) -> None:
+        """The job is in another state; watchers do not know yet."""
+        ...
+
+    async def appended(self, job: LiveJob, entries: Sequence[Entry]) -> None:
+        """Events are public."""
+        ...
+
+
 class LiveJob:
     """One unfinished job."""
 
@@ -48,7 +60,7 @@ class LiveJob:
         header: JobHeader,
         record: JobRecord,
         events: EventLog,
-        on_append: Callable[[LiveJob, Sequence[Entry]], Awaitable[None]],
+        listener: JobListener,
     ) -> None:
         self.folder: Final = folder
         self.header: Final = header
@@ -60,7 +72,7 @@ class LiveJob:
         """Held while a command or the end of a trainer decides on the job's next state."""
         self.changed = asyncio.Condition()
         """Notified after every event."""
-        self._on_append = on_append
+        self._listener = listener
         self._appending = asyncio.Lock()
 
     @classmethod
@@ -70,7 +82,7 @@ class LiveJob:
         header: JobHeader,
         spec: spec_pb2.JobSpec,
         threads: Executor,
-        on_append: Callable[[LiveJob, Sequence[Entry]], Awaitable[None]],
+        listener: JobListener,
     ) -> LiveJob:
         """Opens the job of a folder and adds up its events. `CorruptLogError` when they cannot be read."""
         message = job_pb2.Job(id=header.id, spec=spec)
@@ -79,7 +91,7 @@ class LiveJob:
         events, entries = await EventLog.open(folder.events_path, threads)
         for entry in entries:
             record.apply(entry)
-        return cls(folder, header, record, events, on_append)
+        return cls(folder, header, record, events, listener)
 
     @property
     def id(self) -> str:
@@ -101,9 +113,14 @@ class LiveJob:
             await self.log.append(entries)
             for entry in entries:
                 self.record.apply(entry)
-                if entry.event.WhichOneof("body") == "command":
-                    self._answer(entry.event)
-        await self._on_append(self, entries)
+                match entry.event.WhichOneof("body"):
+                    case "command":
+                        self._answer(entry.event)
+                    case "state":
+                        self._listener.entered(self)
+                    case _:
+                        pass
+        await self._listener.appended(self, entries)
         await self.nudge()
 
     async def nudge(self) -> None:
