@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import open_clip
 import PIL.Image
@@ -26,6 +26,19 @@ from torch import Tensor, nn
 
 from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.tokens import check_text, without_waste
+
+# What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
+_BAD_WEIGHTS: Final = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    StopIteration,  # a file without a single tensor
+    SafetensorError,
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -92,7 +105,7 @@ class Clip:
 def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
     """Build a CLIP and load its weights, in evaluation mode.
 
-    Random weights depend on `seed` alone, also on other devices; the process's random state is left as it was.
+    Random weights depend on `seed` alone, whatever the device; the process's random state is left as it was.
 
     Raises:
         InvalidInputError: unknown architecture or tag, or weights that are damaged or do not fit.
@@ -138,23 +151,14 @@ def _create(recipe: Recipe) -> Any:
         )
     except pickle.UnpicklingError as error:
         raise InvalidInputError(
-            f"the weights of {recipe.pretrained or recipe.name!r} are damaged or hold more than tensors, which may "
-            "run code and is not loaded; convert them to safetensors"
+            f"the weights of {recipe.pretrained or recipe.name!r} are damaged, or hold more than tensors: "
+            "that may run code and is not loaded; convert them to safetensors"
         ) from error
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AssertionError,
-        EOFError,
-        SafetensorError,
-    ) as error:
+    except _BAD_WEIGHTS as error:
         what = recipe.pretrained or recipe.name
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InvalidInputError(
-            f"{what!r} does not load as {recipe.architecture}: {' '.join(line.strip() for line in lines[:3])[:500]}"
-        ) from error
+        why = " ".join(line.strip() for line in lines[:3])[:500]
+        raise InvalidInputError(f"{what!r} does not load as {recipe.architecture}: {why}") from error
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

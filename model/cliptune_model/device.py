@@ -1,7 +1,7 @@
 """Which device, precision and thread count, each with its reason.
 
-Enters: what the user asked for ("auto" or a name). Leaves: a `Choice` that plans, logs and `cliptune doctor` show.
-Called by the trainer, the engine and doctor.
+Enters: what the user asked for ("auto" or a name). Leaves: a `Choice` that plans, logs and `cliptune doctor`
+show. Called by the trainer, the engine and doctor.
 """
 
 from __future__ import annotations

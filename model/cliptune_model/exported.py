@@ -1,7 +1,8 @@
 """The exported model: a folder in open_clip's own format, plus a manifest.
 
-Enters: a trained `Clip`. Leaves: a folder that plain open_clip loads with "local-dir:", that the registry keeps and
-that the engine serves. Called by the trainer (export) and the engine (load). The folder appears whole or not at all.
+Enters: a trained `Clip`. Leaves: a folder that plain open_clip loads with "local-dir:", that the registry
+keeps and that the engine serves. Called by the trainer (export) and the engine (load). The folder appears
+whole or not at all.
 
     open_clip_config.json            model_cfg and preprocess_cfg, open_clip's form
     open_clip_model.safetensors      weights
@@ -111,7 +112,7 @@ class Manifest:
             found = int(values["format_version"])
             if found > FORMAT_VERSION:
                 raise InvalidInputError(
-                    f"the model has format {found}; this cliptune reads up to {FORMAT_VERSION}: upgrade cliptune"
+                    f"the model has format {found}; this cliptune reads up to {FORMAT_VERSION}: upgrade it"
                 )
             known = {item.name for item in dataclasses.fields(cls)}
             height, width = values["image_size"]
@@ -175,7 +176,7 @@ def _write(clip: Clip, folder: Path, manifest: Manifest) -> None:
     save_file(_separate_tensors(clip.model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {"model_cfg": clip.model_config, "preprocess_cfg": clip.preprocess_config}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    # open_clip reads a Hugging Face tokeniser from the model's own folder; its default one comes with open_clip.
+    # open_clip reads a Hugging Face tokeniser from the model's own folder; its default one comes with itself.
     save_tokenizer = getattr(clip.tokenizer, "save_pretrained", None)
     if save_tokenizer is not None:
         save_tokenizer(folder)
@@ -186,7 +187,7 @@ def _write(clip: Clip, folder: Path, manifest: Manifest) -> None:
 
 
 def _separate_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Weights on the CPU; a tensor under two names is written twice, as open_clip's strict loading wants it."""
+    """Weights on the CPU; a tensor under two names is written twice, for open_clip loads strictly."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
@@ -202,8 +203,8 @@ def _into_place(partial: Path, directory: Path) -> None:
     aside: Path | None = None
     if directory.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
-        os.replace(directory, aside)
-    os.replace(partial, directory)
+        directory.replace(aside)
+    partial.replace(directory)
     _sync(directory.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)

@@ -1,13 +1,14 @@
 """From the bytes of an image file, or from raw pixels, to an RGB image; hostile input included.
 
-Enters: what a user sent or a data set holds. Leaves: a fully loaded RGB `PIL.Image`, ready for `Clip.preprocess`.
-Called by the engine's decode threads and by the trainer's loader. Size is judged from the header, before a pixel is
-decoded. EXIF orientation is not applied: open_clip does not apply it either.
+Enters: what a user sent or a data set holds. Leaves: a fully loaded RGB `PIL.Image`, ready for
+`Clip.preprocess`. Called by the engine's decode threads and by the trainer's loader. Size is judged from the
+header, before a pixel is decoded. EXIF orientation is not applied: open_clip does not apply it either.
 """
 
 from __future__ import annotations
 
 import io
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -61,8 +62,8 @@ DEFAULT_LIMITS: Final = PixelLimits()
 def decode_image(encoded: bytes, limits: PixelLimits = DEFAULT_LIMITS) -> PIL.Image.Image:
     """Bytes of a JPEG, PNG, WebP, BMP, GIF or TIFF file → RGB image (the first frame of several).
 
-    Palettes are looked up, alpha is dropped and CMYK is converted, as Pillow's `convert("RGB")` does. Deeper pixels
-    are brought to 8 bits by their range rather than clipped (see `_to_eight_bits`).
+    Palettes are looked up, alpha is dropped and CMYK is converted, as Pillow's `convert("RGB")` does. Deeper
+    pixels are brought to 8 bits by their range rather than clipped (see `_to_eight_bits`).
 
     Raises:
         ImageDecodeError: corrupt, truncated, or not such a file.
@@ -80,8 +81,11 @@ def decode_image(encoded: bytes, limits: PixelLimits = DEFAULT_LIMITS) -> PIL.Im
         except (ImageDecodeError, ImageSizeError):
             raise
         except PIL.Image.DecompressionBombError as error:
+            limits.check(*_declared_size(encoded))
             raise ImageSizeError(str(error), limit=limits.max_pixels) from error
         except PIL.UnidentifiedImageError as error:
+            if 0 in (declared := _declared_size(encoded)):  # Pillow recognises no image without pixels
+                limits.check(*declared)
             raise ImageDecodeError(f"not an image file ({', '.join(FORMATS)} are read)") from error
         except MemoryError as error:
             raise OverloadedError("not enough memory to decode the image") from error
@@ -111,6 +115,17 @@ def image_from_pixels(pixels: np.ndarray[Any, Any], limits: PixelLimits = DEFAUL
     return PIL.Image.fromarray((pixels * np.float32(255.0) + np.float32(0.5)).astype(np.uint8))
 
 
+def _declared_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height) in the header of a PNG or BMP, for images that Pillow will not open; else (1, 1)."""
+    if encoded.startswith(b"\x89PNG\r\n\x1a\n") and len(encoded) >= 24:
+        width, height = struct.unpack_from(">II", encoded, 16)
+        return width, height
+    if encoded.startswith(b"BM") and len(encoded) >= 26:
+        width, height = struct.unpack_from("<ii", encoded, 18)
+        return abs(width), abs(height)
+    return 1, 1
+
+
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         image = _to_eight_bits(image)
@@ -120,10 +135,10 @@ def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Grey values deeper than 8 bits → "L". Pillow's own conversion clips at 255: most of the image turns white.
+    """Grey values deeper than 8 bits → "L". Pillow's own conversion clips them at 255.
 
-    16-bit integers keep their high byte, as Pillow itself does for 16-bit colour. 32-bit integers are taken as 8-bit
-    when none is above 255, else as 16-bit. Floats are taken as [0, 1] or as [0, 255].
+    16-bit integers keep their high byte, as Pillow itself does for 16-bit colour. 32-bit integers are read as
+    8-bit when none is above 255, else as 16-bit. Floats are taken as [0, 1] or as [0, 255].
     """
     grey_HW = np.asarray(image)
     if image.mode.startswith("I;16"):
@@ -134,7 +149,8 @@ def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
     top = 65_535 if image.mode == "I" else 255
     if low < 0 or high > top:
         raise ImageDecodeError(
-            f"the image's {image.mode!r} pixels lie in [{low}, {high}], beyond [0, {top}]: save it with 8 or 16 bits"
+            f"the image's {image.mode!r} pixels lie in [{low}, {high}], beyond [0, {top}]: "
+            "save it with 8 or 16 bits"
         )
     if image.mode == "I":
         return PIL.Image.fromarray((grey_HW >> 8 if high > 255 else grey_HW).astype(np.uint8))
@@ -149,8 +165,11 @@ _quiet_filter: Any = None
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Pillow warns about odd metadata and large sizes, which are judged here. `warnings.catch_warnings` does not
-    nest across threads, so one filter is shared by the threads that decode and leaves with the last of them."""
+    """Pillow warns about odd metadata and large sizes, which are judged here.
+
+    `warnings.catch_warnings` does not nest across threads, so the threads that decode share one filter, which
+    leaves with the last of them.
+    """
     global _quiet_threads, _quiet_filter
     with _quiet_lock:
         _quiet_threads += 1

@@ -1,6 +1,7 @@
 """How alike embeddings are.
 
-Enters: embeddings as the towers leave them. Leaves: scores. Called by the engine and by the trainer's evaluation.
+Enters: embeddings as the towers leave them. Leaves: scores. Called by the engine and by evaluation.
+
 Shape suffixes: N, M rows, D embedding.
 """
 

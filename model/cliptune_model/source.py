@@ -1,15 +1,18 @@
 """Where a CLIP comes from, and what open_clip must be told to build it.
 
 Enters: the two strings of a job's model spec. Leaves: a `Recipe` for `cliptune_model.clip.build`, its weights
-already on this disk, or an error that says what is wrong and what would be right. Weights of a hub are fetched by
-open_clip's own code, into its own caches.
+already on this disk, or an error that says what is wrong and what would be right. Weights of a hub are
+fetched by open_clip's own code, into its own caches.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import ssl
 import threading
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from cliptune.errors import (
     ModelNotFoundError,
     WeightsUnavailableError,
 )
+from huggingface_hub import constants
 from open_clip import factory as open_clip_factory
 from open_clip import pretrained as open_clip_pretrained
 
@@ -34,10 +38,12 @@ CUSTOM: Final = "custom"
 CONFIG_FOLDER: Final = Path(__file__).parent / "configs"
 
 OFFLINE_WAYS: Final = (
-    "Offline ways: name a model folder in open_clip's format (name = 'local-dir:PATH'); or a weights file on this "
-    "disk (pretrained = '/path/to/weights.safetensors'); or copy the Hugging Face cache (~/.cache/huggingface, or "
-    "where HF_HOME points) from a machine that has fetched the weights, and set HF_HUB_OFFLINE=1"
+    "Offline ways: name a model folder in open_clip's format (name = 'local-dir:PATH'); or a weights file on "
+    "this disk (pretrained = '/path/to/weights.safetensors'); or copy the Hugging Face cache "
+    "(~/.cache/huggingface, or where HF_HOME points) from a machine that has them, and set HF_HUB_OFFLINE=1"
 )
+
+HUB_PROBE_TIMEOUT_S: Final = 10.0
 
 _register_lock = threading.Lock()
 
@@ -143,6 +149,7 @@ def _from_folder(source: ModelSource) -> Recipe:
 
 def _from_hub(source: ModelSource) -> Recipe:
     repository = source.name.removeprefix(HF_HUB)
+    _check_hub(repository)
     try:
         config = open_clip_pretrained.download_pretrained_from_hf(repository, filename=CONFIG_FILE)
         open_clip_pretrained.download_pretrained_from_hf(repository)
@@ -175,6 +182,8 @@ def _from_architecture(source: ModelSource) -> Recipe:
             pretrained = source.pretrained
             # The activation belongs to the weights: another one computes nonsense without an error.
             force_quick_gelu = bool(tag_config.get("quick_gelu")) and not model_config.get("quick_gelu")
+            if tag_config.get("hf_hub"):
+                _check_hub(str(tag_config["hf_hub"]).rpartition("/")[0])
             try:
                 open_clip_pretrained.download_pretrained(tag_config)
             except Exception as error:  # as above
@@ -193,6 +202,23 @@ def _from_architecture(source: ModelSource) -> Recipe:
         pretrained_weights=pretrained is not None,
         force_quick_gelu=force_quick_gelu,
     )
+
+
+def _check_hub(repository: str) -> None:
+    """Fail at once without a network: the hub's client would try again and again for a minute."""
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "snapshots"
+    if constants.HF_HUB_OFFLINE or any(cached.glob("*/*")):
+        return
+    try:
+        probe = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        urllib.request.urlopen(probe, timeout=HUB_PROBE_TIMEOUT_S).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        # Python's own certificates may be missing; the hub's client brings some and may still get through.
+        if not isinstance(reason, ssl.SSLError):
+            raise _unavailable(repository, error) from error
 
 
 def _check_packages(recipe: Recipe) -> None:
@@ -217,13 +243,11 @@ def _unknown_weights(name: str, pretrained: str) -> InvalidInputError:
     tags = open_clip_factory.list_pretrained_tags_by_model(name)
     allowed = ", ".join(tags) if tags else "none: this architecture has no published weights"
     return InvalidInputError(
-        f"pretrained = {pretrained!r} is neither a file on this disk nor a tag of {name}; its tags: {allowed}",
+        f"pretrained = {pretrained!r} is neither a file on this disk nor a tag of {name}; tags: {allowed}",
         allowed=", ".join(tags),
     )
 
 
 def _unavailable(what: str, error: Exception) -> WeightsUnavailableError:
-    reason = str(error).strip().splitlines()
-    return WeightsUnavailableError(
-        f"the weights of {what!r} could not be fetched ({reason[0] if reason else type(error).__name__}). {OFFLINE_WAYS}"
-    )
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return WeightsUnavailableError(f"the weights of {what!r} could not be fetched ({reason}). {OFFLINE_WAYS}")

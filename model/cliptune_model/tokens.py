@@ -1,7 +1,8 @@
 """Which texts are accepted, and tokenising without wasted work.
 
-Enters: texts of users. Leaves: nothing or a `TextError`; open_clip's tokeniser in a form that a hostile text cannot
-keep busy. Called by `cliptune_model.clip`, by the engine for each text alone, and by the trainer for captions.
+Enters: texts of users. Leaves: nothing or a `TextError`; open_clip's tokeniser in a form that a hostile text
+cannot keep busy. Called by `cliptune_model.clip`, by the engine for each text alone, and by the trainer for
+captions.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def check_text(text: str) -> None:
 
 
 def without_waste(tokenizer: Any) -> Callable[[list[str]], Tensor]:
-    """The same tokens from open_clip's own tokeniser at bounded cost; other tokenisers are returned as they are."""
+    """The same tokens from open_clip's own tokeniser at bounded cost; other tokenisers as they are."""
     if type(tokenizer) is not SimpleTokenizer or tokenizer.reduction_fn is not None:
         return cast(Callable[[list[str]], Tensor], tokenizer)
     frugal = copy.copy(tokenizer)
@@ -66,7 +67,9 @@ def without_waste(tokenizer: Any) -> Callable[[list[str]], Tensor]:
 
 
 class FrugalTokenizer(SimpleTokenizer):  # type: ignore[misc]
-    """open_clip's tokeniser, which stops where the context is full and forgets words it has seen too many of."""
+    """open_clip's tokeniser that stops where the context is full and does not remember words for ever."""
+
+    cache: dict[str, str]
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without start and end; those beyond the context may be missing."""

@@ -1,7 +1,7 @@
 """Classes as averages of their prompts' embeddings.
 
-Enters: classes with prompts. Leaves: one unit vector a class, which images are compared with. Called by the engine
-(classify) and by the trainer's evaluation.
+Enters: classes with prompts. Leaves: one unit vector a class, which images are compared with. Called by the
+engine (classify) and by the trainer's evaluation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cliptune_model.similarity import normalise
 def class_embeddings(
     clip: Clip, classes: Sequence[tuple[str, Sequence[str]]], batch_size: int = 64
 ) -> Tensor:
-    """Prompt ensembling (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise again.
+    """Prompt ensembling (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise.
 
     Args:
         clip: whose text tower embeds; its mode (train or eval) is the caller's.
@@ -42,7 +42,13 @@ def class_embeddings(
     prompts_flat = [prompt for _, prompts in classes for prompt in prompts]
     tokens_PL = clip.tokenize(prompts_flat)
     embeddings_PD = torch.cat(
-        [normalise(clip.encode_texts(part_BL.to(clip.device))) for part_BL in tokens_PL.split(batch_size)]
+        [
+            normalise(clip.encode_texts(part_BL.to(clip.device)))
+            for part_BL in torch.split(tokens_PL, batch_size)
+        ]
     )
-    means = [part_KD.mean(dim=0) for part_KD in embeddings_PD.split([len(prompts) for _, prompts in classes])]
+    means = [
+        part_KD.mean(dim=0)
+        for part_KD in torch.split(embeddings_PD, [len(prompts) for _, prompts in classes])
+    ]
     return normalise(torch.stack(means))

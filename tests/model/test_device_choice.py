@@ -1,0 +1,90 @@
+"""Devices, precision and threads: what is chosen, and why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cliptune.errors import InvalidInputError
+from cliptune_model.device import (
+    Choice,
+    chip_name,
+    choose_device,
+    choose_precision,
+    choose_threads,
+    device_memory_bytes,
+    devices,
+    synchronize,
+)
+
+ACCELERATED = torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def test_auto_takes_the_first_device_there_is_and_says_why() -> None:
+    choice = choose_device("auto")
+    assert choice.value == devices()[0]
+    assert choice.subject == "device"
+    assert len(choice.reason) > 10
+
+
+@pytest.mark.skipif(ACCELERATED, reason="a GPU is here")
+def test_auto_without_a_gpu_is_the_cpu_with_the_reason() -> None:
+    choice = choose_device("auto")
+    assert choice.value == "cpu"
+    assert "no GPU" in choice.reason
+
+
+def test_an_absent_device_is_refused_with_what_there_is() -> None:
+    for wanted in ("cuda:99", "mps" if not torch.backends.mps.is_available() else "cuda"):
+        with pytest.raises(InvalidInputError, match="is not here") as caught:
+            choose_device(wanted)
+        assert "cpu" in caught.value.metadata["allowed"]
+
+
+@pytest.mark.parametrize("wanted", ["gpu", "", "cuda:", "cuda:-1", "CPU", "cuda:x"])
+def test_what_is_no_device_is_refused(wanted: str) -> None:
+    with pytest.raises(InvalidInputError, match="unknown device"):
+        choose_device(wanted)
+
+
+def test_precision_on_the_cpu_is_exact_unless_asked_otherwise() -> None:
+    assert choose_precision("auto", "cpu").value == "fp32"
+    assert choose_precision("bf16", "cpu") == Choice(subject="precision", value="bf16", reason="asked for")
+    with pytest.raises(InvalidInputError, match="unknown precision 'int8'"):
+        choose_precision("int8", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("chip", "macos", "value"), [("Apple M1", "15.1", "fp32"), ("Apple M2 Max", "15.1", "fp32"),
+                                 ("Apple M3 Pro", "15.1", "bf16"), ("Apple M7", "26.0", "bf16"),
+                                 ("Apple M4", "13.6", "fp32")],
+)  # fmt: skip
+def test_precision_on_a_mac_follows_its_chip(
+    monkeypatch: pytest.MonkeyPatch, chip: str, macos: str, value: str
+) -> None:
+    monkeypatch.setattr("cliptune_model.device.chip_name", lambda: chip)
+    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), "arm64"))
+    choice = choose_precision("auto", "mps")
+    assert choice.value == value
+    assert chip in choice.reason or macos in choice.reason
+    if macos.startswith("13"):
+        with pytest.raises(InvalidInputError, match="macOS 14"):
+            choose_precision("bf16", "mps")
+
+
+def test_threads_are_the_usable_cores_unless_asked_otherwise() -> None:
+    assert int(choose_threads(None).value) >= 1
+    assert choose_threads(3) == Choice(subject="threads", value="3", reason="asked for")
+    with pytest.raises(InvalidInputError, match="threads = 0"):
+        choose_threads(0)
+
+
+def test_memory_of_the_cpu_grows_with_what_is_held() -> None:
+    before = device_memory_bytes("cpu")
+    held = torch.ones(64 * 2**20 // 4)
+    assert device_memory_bytes("cpu") - before > 48 * 2**20
+    assert held.numel()
+    synchronize("cpu")
+
+
+def test_the_chip_has_a_name() -> None:
+    assert chip_name()
