@@ -72,6 +72,8 @@ def problem_response(
     sent = dict(headers or {})
     if "retry_after_s" in error.metadata:
         sent["Retry-After"] = error.metadata["retry_after_s"].partition(".")[0]
+    if body["status"] == 413:  # the rest of the body may still be on its way, and nobody will read it
+        sent["Connection"] = "close"
     return Response(
         json.dumps(body, allow_nan=False), body["status"], headers=sent, media_type=PROBLEM_MEDIA_TYPE
     )
