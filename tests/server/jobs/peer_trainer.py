@@ -1,8 +1,8 @@
 """A trainer without torch: speaks the launcher's, the journal's and the link's protocol, and counts steps.
 
-Started by `LocalLauncher` like the real one, with the real one's journal and link. What it does follows from the
-spec: `train.max_steps` steps of about 5 ms; the name says how it misbehaves ("crashes": dies at step 3 of every
-attempt). A checkpoint is the number of the step, in a file.
+Started by `LocalLauncher` like the real one, with the real one's journal and link. What it does follows from
+the spec: `train.max_steps` steps of about 5 ms; the name says how it misbehaves ("crashes": dies at step 3 of
+every attempt). A checkpoint is the number of the step, in a file.
 """
 
 from __future__ import annotations
