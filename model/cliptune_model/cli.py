@@ -27,11 +27,12 @@ def _run(arguments: argparse.Namespace) -> int:
     found: list[Check] = []
     if arguments.json:
         found.extend(diagnose(home.expanduser(), arguments.device))
-        failed = any(check.status == "fail" for check in found)
-        print(json.dumps({"ok": not failed, "checks": [dataclasses.asdict(check) for check in found]}))
-        return int(failed)
+        ok = all(check.status != "fail" for check in found)
+        print(json.dumps({"ok": ok, "checks": [dataclasses.asdict(check) for check in found]}))
+        return 0 if ok else 1
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("check", "status", "reason")
@@ -41,18 +42,11 @@ def _run(arguments: argparse.Namespace) -> int:
             found.append(check)
             status.update(f"{check.name} done ...")
             colour = _COLOURS[check.status]
-            table.add_row(check.name, f"[{colour}]{check.status}[/{colour}]", _plain(check.reason))
+            table.add_row(check.name, f"[{colour}]{check.status}[/{colour}]", escape(check.reason))
     console.print(table)
     failed = [check.name for check in found if check.status == "fail"]
     console.print(f"[red]failed: {', '.join(failed)}[/red]" if failed else "[green]all is well[/green]")
-    return int(bool(failed))
-
-
-def _plain(text: str) -> str:
-    """Text in which rich sees no markup."""
-    from rich.markup import escape
-
-    return escape(text)
+    return 1 if failed else 0
 
 
 doctor: Final = Verb(

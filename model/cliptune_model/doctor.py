@@ -1,8 +1,8 @@
 """What `cliptune doctor` looks at: the machine, what is installed, what was chosen and why, and proofs.
 
-Enters: a home, a device. Leaves: `Check`s for `cliptune_model.cli` to print. Nothing here fails with an exception:
-what is broken becomes a failed check. torch and open_clip are imported inside, because a torch that cannot be
-imported is one of the things to be told.
+Enters: a home, a device. Leaves: `Check`s for `cliptune_model.cli` to print. Nothing here fails with an
+exception: what is broken becomes a failed check. torch and open_clip are imported inside, because a torch
+that cannot be imported is one of the things to be told.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LITTLE_MEMORY_BYTES: Final = 4 * 2**30
 LITTLE_DISK_BYTES: Final = 2 * 2**30
 DAEMON_TIMEOUT_S: Final = 3.0
 
-# Relative differences. Right fp32 arithmetic stays below 1e-4, TF32 below 1e-3; wrong gradients are far above.
+# Relative differences. Right fp32 arithmetic stays below 1e-4, TF32 below 1e-3; wrong gradients far above.
 FINE_DIFFERENCE: Final = 1e-3
 WRONG_DIFFERENCE: Final = 1e-2
 
@@ -73,7 +73,7 @@ def diagnose(home: Path, wanted_device: str = "auto") -> Iterator[Check]:
         return
     from cliptune_model import device as devices
 
-    yield _check("devices", lambda: ("ok", ", ".join(devices.devices())))
+    yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {devices.chip_name()}"))
     chosen: list[str] = []
 
     def choose() -> Answer:
@@ -91,6 +91,7 @@ def diagnose(home: Path, wanted_device: str = "auto") -> Iterator[Check]:
 
 def _proofs(device: str) -> Iterator[Check]:
     from cliptune_model import proofs
+    from cliptune_model.pixels import FORMATS
 
     def gradients() -> Answer:
         what = f"forward and backward in fp32 on {device} against float64 on the CPU"
@@ -117,7 +118,7 @@ def _proofs(device: str) -> Iterator[Check]:
 
     def images() -> Answer:
         good = proofs.decodable_formats()
-        missing = [kind for kind in proofs.FORMATS if kind not in good]
+        missing = [kind for kind in FORMATS if kind not in good]
         if missing:
             return "fail", f"this Pillow does not read {', '.join(missing)}"
         return "ok", f"{', '.join(good)} are read, truncated ones refused"
@@ -193,8 +194,8 @@ def _imports() -> Answer:
             importlib.import_module(name)
         except Exception as error:  # a torch beside another build's torchvision fails with RuntimeError
             return "fail", (
-                f"import {name} fails ({type(error).__name__}: {error}). torch and torchvision must be builds of one "
-                "release and one index; reinstall both together: pip install --force-reinstall torch torchvision"
+                f"import {name} fails ({type(error).__name__}: {error}). torch and torchvision must be builds "
+                "of one release; reinstall both: pip install --force-reinstall torch torchvision"
             )
     return "ok", "torch, torchvision and open_clip load together"
 
@@ -233,7 +234,7 @@ def _daemon(home: Path) -> Answer:
                 "warn",
                 f"process {process}, which {path.name} names, is gone; start one with: cliptune serve",
             )
-        code = error.code().name if isinstance(error, grpc.Call) else str(error)
+        code = error.code() if hasattr(error, "code") else error
         return (
             "fail",
             f"process {process} at {address} does not answer within {DAEMON_TIMEOUT_S:g} s ({code})",
@@ -244,10 +245,10 @@ def _daemon(home: Path) -> Answer:
 
 
 def _is_serving(address: str) -> bool:
-    """grpc.health.v1, spoken by hand: the light client does not bring its stubs. Field 1 of the answer is 1: SERVING."""
-    with grpc.insecure_channel(address) as channel:
-        check = channel.unary_unary("/grpc.health.v1.Health/Check")
-        return bytes(check(b"", timeout=DAEMON_TIMEOUT_S)) == b"\x08\x01"
+    """grpc.health.v1 by hand, for its stubs come with the server only. Field 1 in the answer: 1, SERVING."""
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        check: Callable[..., object] = channel.unary_unary("/grpc.health.v1.Health/Check")
+        return check(b"", timeout=DAEMON_TIMEOUT_S) == b"\x08\x01"
 
 
 def _lives(process: int) -> bool:

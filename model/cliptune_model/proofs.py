@@ -1,7 +1,7 @@
 """Small computations that show whether this machine computes rightly.
 
-Enters: a device. Leaves: measured differences, or an exception where something does not work at all. Called by
-`cliptune_model.doctor`; each takes a second or less.
+Enters: a device. Leaves: measured differences, or an exception where something does not work at all. Called
+by `cliptune_model.doctor`; each takes a second or less.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def gradient_difference(device: str) -> float:
 
 
 def long_sum_difference(device: str) -> float:
-    """A weight gradient that sums over very many tokens, in fp32 on `device` against float64 on the CPU: relative."""
+    """A weight gradient over very many tokens, in fp32 on `device` against float64 on the CPU: relative."""
     generator = torch.Generator().manual_seed(0)
     a_KM, b_KN = (torch.randn(LONG_ROWS, columns, generator=generator) for columns in (32, 48))
     exact_MN = a_KM.double().T @ b_KN.double()
@@ -61,7 +61,7 @@ def long_sum_difference(device: str) -> float:
 
 
 def export_difference(device: str) -> float:
-    """Export, load and embed: the largest difference between the vectors before and after, which should be 0."""
+    """Export, load and embed: the largest difference between the vectors before and after; 0 is right."""
     clip = build(PROBE_MODEL, device=device)
     with tempfile.TemporaryDirectory(prefix="cliptune-doctor-") as folder:
         export_model(clip, Path(folder) / "model", Manifest.of(clip))
@@ -106,7 +106,7 @@ def _gradients(clip: Clip, device: str, dtype: torch.dtype) -> dict[str, Tensor]
     # Straight from the towers: Clip's own encoders end in fp32.
     image_BD = F.normalize(model.encode_image(images_BCHW.to(device, dtype)), dim=-1)  # type: ignore[operator]
     text_BD = F.normalize(model.encode_text(tokens_BL.to(device)), dim=-1)  # type: ignore[operator]
-    logits_BB = model.logit_scale.exp() * image_BD @ text_BD.T  # type: ignore[operator,union-attr]
+    logits_BB = model.logit_scale.exp() * image_BD @ text_BD.T  # type: ignore[operator]
     pairs_B = torch.arange(len(logits_BB), device=device)
     loss = (F.cross_entropy(logits_BB, pairs_B) + F.cross_entropy(logits_BB.T, pairs_B)) / 2
     loss.backward()  # type: ignore[no-untyped-call]
