@@ -41,7 +41,7 @@ LITTLE_MEMORY_BYTES: Final = 4 * 2**30
 LITTLE_DISK_BYTES: Final = 2 * 2**30
 DAEMON_TIMEOUT_S: Final = 3.0
 
-# Relative differences. Right fp32 arithmetic stays below 1e-4, TF32 below 1e-3; wrong gradients far above.
+# Relative differences. Right fp32 arithmetic stays below 1e-4; wrong gradients are far above.
 FINE_DIFFERENCE: Final = 1e-3
 WRONG_DIFFERENCE: Final = 1e-2
 
@@ -194,8 +194,8 @@ def _imports() -> Answer:
             importlib.import_module(name)
         except Exception as error:  # a torch beside another build's torchvision fails with RuntimeError
             return "fail", (
-                f"import {name} fails ({type(error).__name__}: {error}). torch and torchvision must be builds "
-                "of one release; reinstall both: pip install --force-reinstall torch torchvision"
+                f"import {name} fails ({type(error).__name__}: {error}). torch and torchvision must be "
+                "builds of one release; reinstall both: pip install --force-reinstall torch torchvision"
             )
     return "ok", "torch, torchvision and open_clip load together"
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import PIL.Image
@@ -39,7 +42,8 @@ def gradient_difference(device: str) -> float:
         ‖g − g₆₄‖ / ‖g₆₄‖ of the parameter where it is largest, among those with a gradient worth the name.
     """
     exact = _gradients(build(PROBE_MODEL), "cpu", torch.float64)
-    found = _gradients(build(PROBE_MODEL, device=device), device, torch.float32)
+    with _true_fp32():
+        found = _gradients(build(PROBE_MODEL, device=device), device, torch.float32)
     largest = max(float(gradient.norm()) for gradient in exact.values())
     differences = [
         float((found[name] - gradient).norm() / gradient.norm())
@@ -56,7 +60,8 @@ def long_sum_difference(device: str) -> float:
     generator = torch.Generator().manual_seed(0)
     a_KM, b_KN = (torch.randn(LONG_ROWS, columns, generator=generator) for columns in (32, 48))
     exact_MN = a_KM.double().T @ b_KN.double()
-    found_MN = (a_KM.to(device).T @ b_KN.to(device)).cpu().double()
+    with _true_fp32():
+        found_MN = (a_KM.to(device).T @ b_KN.to(device)).cpu().double()
     return float((found_MN - exact_MN).norm() / exact_MN.norm())
 
 
@@ -116,6 +121,20 @@ def _gradients(clip: Clip, device: str, dtype: torch.dtype) -> dict[str, Tensor]
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
+
+
+@contextmanager
+def _true_fp32() -> Iterator[None]:
+    """CUDA rounds fp32 to TF32 in convolutions by default: not wrong, but too coarse for a comparison."""
+    backends = (cast(Any, torch.backends.cudnn).conv, cast(Any, torch.backends.cuda).matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _batch(clip: Clip) -> tuple[Tensor, Tensor]:

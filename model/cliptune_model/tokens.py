@@ -74,7 +74,7 @@ class FrugalTokenizer(SimpleTokenizer):  # type: ignore[misc]
     def encode(self, text: str) -> list[int]:
         """Tokens of a text, without start and end; those beyond the context may be missing."""
         if len(self.cache) > MAX_CACHED_WORDS:
-            self.cache = {token: token for token in ("<start_of_text>", "<end_of_text>")}
+            self.cache = {special: special for special in map(self.decoder.__getitem__, self.all_special_ids)}
         tokens: list[int] = []
         for match in self.pat.finditer(self.clean_fn(text)):
             word = "".join(self.byte_encoder[byte] for byte in match.group().encode("utf-8"))
