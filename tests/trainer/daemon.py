@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
-
 from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from cliptune.v1 import job_pb2
 
@@ -38,7 +37,7 @@ class LinkServer(trainer_pb2_grpc.LinkServiceServicer):
         self._outgoing.put(None)
         self._server.stop(0).wait()
 
-    def Attach(self, request_iterator, context) -> Iterator[trainer_pb2.AttachResponse]:  # type: ignore[no-untyped-def]  # noqa: N802
+    def Attach(self, request_iterator, context) -> Iterator[trainer_pb2.AttachResponse]:  # type: ignore[no-untyped-def]
         hello = next(request_iterator).hello
         outgoing: queue.SimpleQueue[trainer_pb2.Instruction | None] = queue.SimpleQueue()
         with self._changed:

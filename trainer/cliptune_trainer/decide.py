@@ -88,8 +88,8 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         remarks.append(
             Remark(
                 code="learning-rate-high",
-                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained ones"
-                f" mostly forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
+                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained"
+                f" ones mostly forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
             )
         )
     captions = len(set(dataset.train.caption_ids.tolist()))
