@@ -37,7 +37,9 @@ class LinkServer(trainer_pb2_grpc.LinkServiceServicer):
         self._outgoing.put(None)
         self._server.stop(0).wait()
 
-    def Attach(self, request_iterator, context) -> Iterator[trainer_pb2.AttachResponse]:  # type: ignore[no-untyped-def]
+    def Attach(  # noqa: N802 - the name is the contract's
+        self, request_iterator: Iterator[trainer_pb2.AttachRequest], context: object
+    ) -> Iterator[trainer_pb2.AttachResponse]:
         hello = next(request_iterator).hello
         outgoing: queue.SimpleQueue[trainer_pb2.Instruction | None] = queue.SimpleQueue()
         with self._changed:
