@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ _INTEGERS: Final = {
 }
 
 
-def load_spec(path: str | Path, settings: Iterable[str] = ()) -> spec_pb2.JobSpec:
+def load_spec(path: str | os.PathLike[str], settings: Iterable[str] = ()) -> spec_pb2.JobSpec:
     """The spec in a `.toml`, `.json`, `.yaml` or `.yml` file, its shape checked.
 
     `settings` are changes such as "train.epochs=2", applied in order. Relative paths in it that exist beside
@@ -57,7 +58,7 @@ def load_spec(path: str | Path, settings: Iterable[str] = ()) -> spec_pb2.JobSpe
     return spec
 
 
-def read_mapping(path: str | Path) -> dict[str, Any]:
+def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What a spec file says, unchecked."""
     file = Path(path)
     try:

@@ -1,0 +1,338 @@
+"""Inference calls as values, with the rule for items that fail.
+
+Pure, as `codec.py`. An image is turned into a message here, so it can fail before anything is sent; the
+daemon can refuse others. Both kinds are treated alike:
+
+- on_error="raise" (default): the first failed item's own error, with `field`, `index` and `count` (how
+  many failed) in its metadata;
+- on_error="return": failed rows are NaN and listed in `.errors`. When nothing is left, the first error is
+  raised.
+
+Legend: N images, texts or pairs; M texts; C classes; D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from cliptune.codec import Call
+from cliptune.errors import (
+    CliptuneError,
+    ImageDecodeError,
+    ImageSizeError,
+    InvalidInputError,
+    TensorError,
+    TextError,
+    from_detail,
+    from_wire,
+)
+from cliptune.images import ImageInput, image_message, is_one_image
+from cliptune.results import Classifications, Embeddings, FailedItem, Float32, PairScores, Similarity
+from cliptune.tensors import unpack
+from cliptune.v1 import error_pb2, inference_pb2, spec_pb2, tensor_pb2
+
+OnError: TypeAlias = Literal["raise", "return"]
+ClassesInput: TypeAlias = Mapping[str, str | Sequence[str]] | Sequence[str | spec_pb2.ClassPrompts]
+
+# One request of a long list: enough to fill the engine's batches, small enough to be answered soon.
+MAX_ITEMS: Final = 64
+MAX_BYTES: Final = 32 * 1024 * 1024
+# A request of one item fails with the item's own status.
+ITEM_ERRORS: Final = (ImageDecodeError, ImageSizeError, TextError, TensorError)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """What one request of a long list brought."""
+
+    places: tuple[int, ...]
+    vectors: Float32 | None
+    """[len(places), D]."""
+    model: str
+    failed: tuple[FailedItem, ...]
+
+
+class EmbedPlan:
+    """A list of any length, embedded in requests of bounded size, one after another.
+
+    The client carries out each of `calls` before it asks for the next: items are read only then, and all
+    requests after the first ask for the version that answered it, so that a swap of an alias in between
+    cannot mix two models' vectors in one array.
+    """
+
+    def __init__(
+        self, kind: Literal["images", "texts"], items: object, model: str, on_error: OnError
+    ) -> None:
+        self._kind: Final = kind
+        self._items: Final = _many(items, kind)
+        self._convert: Final[Callable[[Any], Any]] = image_message if kind == "images" else text_item
+        self._model = model
+        self._on_error: Final = on_error
+        self._failed: list[FailedItem] = []
+        if not self._items:
+            raise InvalidInputError(f"{kind} is empty", field=kind)
+
+    def calls(self) -> Iterator[Call[Part]]:
+        """The requests, each made when asked for."""
+        messages: list[Any] = []
+        places: list[int] = []
+        size_bytes = 0
+        for index, item in enumerate(self._items):
+            try:
+                message = self._convert(item)
+            except CliptuneError as error:
+                self._failed.append(self._refused(index, error))
+                continue
+            item_bytes = _size_bytes(message)
+            if messages and (len(messages) == MAX_ITEMS or size_bytes + item_bytes > MAX_BYTES):
+                yield self._call(messages, tuple(places))
+                messages, places, size_bytes = [], [], 0
+            messages.append(message)
+            places.append(index)
+            size_bytes += item_bytes
+        if messages:
+            yield self._call(messages, tuple(places))
+
+    def recover(self, call: Call[Part], error: CliptuneError) -> Part:
+        """What to make of a request that failed: an item that failed alone, or an error to raise."""
+        if not call.item_field or not isinstance(error, ITEM_ERRORS):
+            raise error
+        return Part(
+            places=(call.item_index,),
+            vectors=None,
+            model="",
+            failed=(self._refused(call.item_index, error),),
+        )
+
+    def join(self, parts: Sequence[Part]) -> Embeddings:
+        """All parts as one array [N, D]."""
+        failed = sorted(
+            (*self._failed, *(item for part in parts for item in part.failed)), key=lambda item: item.index
+        )
+        answered = [part for part in parts if part.vectors is not None]
+        if not answered or len(failed) == len(self._items):
+            raise placed(failed[0], count=len(failed), total=len(self._items))
+        first = answered[0].vectors
+        vectors = np.full((len(self._items), first.shape[1] if first is not None else 0), np.nan, np.float32)
+        for part in answered:
+            vectors[list(part.places)] = part.vectors
+        return Embeddings.of(vectors, model=answered[0].model, errors=tuple(failed))
+
+    def _call(self, messages: list[Any], places: tuple[int, ...]) -> Call[Part]:
+        def parse(answer: Any) -> Part:
+            self._model = answer.model or self._model
+            failed = tuple(_failed(answer.errors, {self._kind: places}))
+            if failed and self._on_error == "raise":
+                raise placed(failed[0], count=len(failed), total=len(self._items))
+            return Part(places=places, vectors=unpack(answer.embeddings), model=answer.model, failed=failed)
+
+        images = self._kind == "images"
+        request: inference_pb2.EmbedImagesRequest | inference_pb2.EmbedTextsRequest
+        if images:
+            request = inference_pb2.EmbedImagesRequest(model=self._model, images=messages)
+        else:
+            request = inference_pb2.EmbedTextsRequest(model=self._model, texts=messages)
+        return Call(
+            method=f"InferenceService/{'EmbedImages' if images else 'EmbedTexts'}",
+            request=request,
+            answer=inference_pb2.EmbedImagesResponse if images else inference_pb2.EmbedTextsResponse,
+            parse=parse,
+            item_field=self._kind if len(messages) == 1 else "",
+            item_index=places[0],
+        )
+
+    def _refused(self, index: int, error: CliptuneError) -> FailedItem:
+        item = FailedItem(field=self._kind, index=index, error=error)
+        if self._on_error == "raise":
+            raise placed(item, count=1, total=len(self._items)) from error
+        return item
+
+
+def similarity(images: object, texts: object, model: str, on_error: OnError) -> Call[Similarity]:
+    """Every image against every text, [N, M]."""
+    rows = _gather("images", images, image_message, on_error)
+    columns = _gather("texts", texts, text_item, on_error)
+
+    def parse(answer: inference_pb2.SimilarityResponse) -> Similarity:
+        failed = _settle(answer.errors, on_error, rows, columns)
+        scores = _scatter(_scatter(unpack(answer.scores), rows).T, columns).T
+        return Similarity(scores=scores, logit_scale=answer.logit_scale, model=answer.model, errors=failed)
+
+    return Call(
+        method="InferenceService/Similarity",
+        request=inference_pb2.SimilarityRequest(model=model, images=rows.messages, texts=columns.messages),
+        answer=inference_pb2.SimilarityResponse,
+        parse=parse,
+    )
+
+
+def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: OnError) -> Call[PairScores]:
+    """Image i against text i, [N]."""
+
+    def pair_message(pair: tuple[ImageInput, str]) -> inference_pb2.ImageTextPair:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise InvalidInputError(f"a pair is (image, text), not {type(pair).__name__}")
+        return inference_pb2.ImageTextPair(image=image_message(pair[0]), text=text_item(pair[1]))
+
+    rows = _gather("pairs", pairs, pair_message, on_error)
+
+    def parse(answer: inference_pb2.ScorePairsResponse) -> PairScores:
+        failed = _settle(answer.errors, on_error, rows)
+        return PairScores(
+            scores=_scatter(unpack(answer.scores), rows),
+            logit_scale=answer.logit_scale,
+            model=answer.model,
+            errors=failed,
+        )
+
+    return Call(
+        method="InferenceService/ScorePairs",
+        request=inference_pb2.ScorePairsRequest(model=model, pairs=rows.messages),
+        answer=inference_pb2.ScorePairsResponse,
+        parse=parse,
+    )
+
+
+def classify(images: object, classes: ClassesInput, model: str, on_error: OnError) -> Call[Classifications]:
+    """Softmax over the classes for each image, [N, C]."""
+    rows = _gather("images", images, image_message, on_error)
+
+    def parse(answer: inference_pb2.ClassifyResponse) -> Classifications:
+        failed = _settle(answer.errors, on_error, rows)
+        return Classifications(
+            labels=tuple(answer.labels),
+            probabilities=_scatter(unpack(answer.probabilities), rows),
+            scores=_scatter(unpack(answer.scores), rows),
+            model=answer.model,
+            errors=failed,
+        )
+
+    return Call(
+        method="InferenceService/Classify",
+        request=inference_pb2.ClassifyRequest(
+            model=model, images=rows.messages, classes=class_messages(classes)
+        ),
+        answer=inference_pb2.ClassifyResponse,
+        parse=parse,
+    )
+
+
+def class_messages(classes: ClassesInput) -> list[spec_pb2.ClassPrompts]:
+    """Labels, or labels with their prompts, as messages."""
+    if isinstance(classes, str):
+        raise InvalidInputError("classes is one text, not a list of labels", field="classes")
+    if isinstance(classes, Mapping):
+        return [
+            spec_pb2.ClassPrompts(
+                label=text_item(label),
+                prompts=[text_item(p) for p in ([prompts] if isinstance(prompts, str) else prompts)],
+            )
+            for label, prompts in classes.items()
+        ]
+    return [
+        group if isinstance(group, spec_pb2.ClassPrompts) else spec_pb2.ClassPrompts(label=text_item(group))
+        for group in classes
+    ]
+
+
+def text_item(text: object) -> str:
+    """A text that a message can hold. Whether it is empty or too long is the daemon's question."""
+    if not isinstance(text, str):
+        raise InvalidInputError(f"a text is a str, not {type(text).__name__}", type=type(text).__name__)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text is not valid Unicode: {error.reason} at {error.start}") from None
+    return text
+
+
+def placed(item: FailedItem, *, count: int, total: int) -> CliptuneError:
+    """The item's error, saying where it stood among `total` items and how many failed."""
+    error = item.error
+    message = error.message if total == 1 else f"{item.field}[{item.index}]: {error.message}"
+    metadata = {**error.metadata, "field": item.field, "index": str(item.index), "count": str(count)}
+    return from_wire(type(error).__name__, message, metadata)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Gathered:
+    """Items that became messages, and those that could not."""
+
+    kind: str
+    total: int
+    messages: list[Any] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    failed: list[FailedItem] = field(default_factory=list)
+
+
+def _gather(kind: str, items: object, convert: Callable[[Any], Any], on_error: OnError) -> _Gathered:
+    many = _many(items, kind)
+    if not many:
+        raise InvalidInputError(f"{kind} is empty", field=kind)
+    gathered = _Gathered(kind=kind, total=len(many))
+    for index, item in enumerate(many):
+        try:
+            message = convert(item)
+        except CliptuneError as error:
+            refused = FailedItem(field=kind, index=index, error=error)
+            if on_error == "raise":
+                raise placed(refused, count=1, total=len(many)) from error
+            gathered.failed.append(refused)
+        else:
+            gathered.messages.append(message)
+            gathered.places.append(index)
+    if not gathered.messages:
+        raise placed(gathered.failed[0], count=len(gathered.failed), total=len(many))
+    return gathered
+
+
+def _settle(
+    errors: Iterable[error_pb2.ItemError], on_error: OnError, *lists: _Gathered
+) -> tuple[FailedItem, ...]:
+    """Every failed item of these lists, in order; raises as the rule at the top says."""
+    places = {gathered.kind: tuple(gathered.places) for gathered in lists}
+    answered = list(_failed(errors, places))
+    for gathered in lists:
+        failed = gathered.failed + [item for item in answered if item.field == gathered.kind]
+        failed.sort(key=lambda item: item.index)
+        if failed and (on_error == "raise" or len(failed) == gathered.total):
+            raise placed(failed[0], count=len(failed), total=gathered.total)
+    everything = [item for gathered in lists for item in gathered.failed] + answered
+    return tuple(sorted(everything, key=lambda item: (item.field, item.index)))
+
+
+def _failed(
+    errors: Iterable[error_pb2.ItemError], places: Mapping[str, Sequence[int]]
+) -> Iterator[FailedItem]:
+    for told in errors:
+        known = places.get(told.field, ())
+        index = known[told.index] if told.index < len(known) else told.index
+        yield FailedItem(field=told.field, index=index, error=from_detail(told.error))
+
+
+def _scatter(answered: npt.NDArray[Any], rows: _Gathered) -> Float32:
+    """Rows in the places of the user's list; NaN where an item was never sent."""
+    if len(rows.places) == rows.total:
+        return np.array(answered, dtype=np.float32)
+    whole = np.full((rows.total, *answered.shape[1:]), np.nan, np.float32)
+    whole[rows.places] = answered
+    return whole
+
+
+def _many(items: object, kind: str) -> Sequence[Any]:
+    if isinstance(items, str | bytes) or (kind == "images" and is_one_image(items)):
+        raise InvalidInputError(f"{kind} is a single item, not a list: write [item]", field=kind)
+    if not isinstance(items, Iterable):
+        raise InvalidInputError(f"{kind} is {type(items).__name__}, not a list", field=kind)
+    return list(items)
+
+
+def _size_bytes(message: tensor_pb2.Image | str) -> int:
+    if isinstance(message, str):
+        return len(message)
+    return len(message.encoded) or len(message.pixels.data)

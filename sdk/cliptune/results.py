@@ -1,0 +1,142 @@
+"""What inference answers: numpy arrays that also say which model answered and which items failed.
+
+Made by `codec.py` from messages, handed to the user by both clients.
+
+Legend: N images (or texts, or pairs), M texts, C classes, D embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from cliptune.errors import CliptuneError
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Health(StrEnum):
+    """What the daemon says of itself, by grpc.health.v1."""
+
+    SERVING = "SERVING"
+    NOT_SERVING = "NOT_SERVING"
+    UNKNOWN = "UNKNOWN"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FailedItem:
+    """An item that failed while its neighbours were answered; its row is NaN."""
+
+    field: str
+    """Which list it was in: "images", "texts" or "pairs"."""
+    index: int
+    """Its place in that list."""
+    error: CliptuneError
+
+
+class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
+    """An array [N, D] of float32, unit length by row, that also knows what made it.
+
+    `model` is the version that answered ("NAME:VERSION"), `errors` the items that failed (only with
+    on_error="return"). Arrays made from it by numpy carry neither.
+    """
+
+    model: str
+    errors: tuple[FailedItem, ...]
+
+    @classmethod
+    def of(cls, vectors: Float32, *, model: str, errors: tuple[FailedItem, ...] = ()) -> Self:
+        """The same memory, with what is known about it."""
+        array = np.asarray(vectors, dtype=np.float32).view(cls)
+        array.model, array.errors = model, errors
+        return array
+
+    def __array_finalize__(self, source: object) -> None:
+        self.model, self.errors = "", ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Similarity:
+    """Every image against every text."""
+
+    scores: Float32
+    """[N, M], the model's similarity (cosine)."""
+    logit_scale: float
+    """What the model multiplies similarities by before a softmax."""
+    model: str
+    errors: tuple[FailedItem, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PairScores:
+    """Image i against text i."""
+
+    scores: Float32
+    """[N], the model's similarity (cosine)."""
+    logit_scale: float
+    model: str
+    errors: tuple[FailedItem, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Classification:
+    """What one image is."""
+
+    label: str
+    """The likeliest class. Empty when the image failed."""
+    probability: float
+    """Of that class, 0 to 1. NaN when the image failed."""
+    probabilities: dict[str, float]
+    """Of every class, the likeliest first."""
+    scores: dict[str, float]
+    """Similarity to every class, in the same order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Classifications:
+    """What each image is: a sequence of `Classification`, over the matrices they come from."""
+
+    labels: tuple[str, ...]
+    """Names of the C columns."""
+    probabilities: Float32
+    """[N, C], softmax over the classes."""
+    scores: Float32
+    """[N, C], similarity to each class."""
+    model: str
+    errors: tuple[FailedItem, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.probabilities)
+
+    def __getitem__(self, index: int) -> Classification:
+        row, scores = self.probabilities[index], self.scores[index]
+        if np.isnan(row).any():
+            nothing = dict.fromkeys(self.labels, float("nan"))
+            return Classification(label="", probability=float("nan"), probabilities=nothing, scores=nothing)
+        order = np.argsort(-row, kind="stable")
+        return Classification(
+            label=self.labels[order[0]],
+            probability=float(row[order[0]]),
+            probabilities={self.labels[column]: float(row[column]) for column in order},
+            scores={self.labels[column]: float(scores[column]) for column in order},
+        )
+
+    def __iter__(self) -> Iterator[Classification]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Embedded:
+    """One answer of a bulk embedding."""
+
+    index: int
+    """Place of the item in the input."""
+    vector: Float32 | None
+    """[D], unit length. None when the item failed."""
+    error: CliptuneError | None = None
+    model: str = ""
