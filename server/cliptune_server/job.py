@@ -263,11 +263,12 @@ def _after_own_will(finished: trainer_pb2.Finished, ending: Ending) -> Verdict:
             return Verdict(state=JOB_STATE_SUCCEEDED, publish=True)
         case trainer_pb2.OUTCOME_CANCELLED:
             return Verdict(state=JOB_STATE_CANCELLED, reason="cancelled")
+        case trainer_pb2.OUTCOME_PAUSED | trainer_pb2.OUTCOME_SUSPENDED if ending.wanted == "cancel":
+            # Asked for while the trainer was leaving already.
+            return Verdict(state=JOB_STATE_CANCELLED, reason="cancelled")
         case trainer_pb2.OUTCOME_PAUSED:
             return Verdict(state=JOB_STATE_PAUSED, reason="paused")
         case trainer_pb2.OUTCOME_SUSPENDED:
-            if ending.wanted == "cancel":
-                return Verdict(state=JOB_STATE_CANCELLED, reason="cancelled")
             if ending.wanted == "pause":
                 return Verdict(state=JOB_STATE_PAUSED, reason="paused")
             return Verdict(state=JOB_STATE_QUEUED, reason="suspended; continues from its checkpoint")

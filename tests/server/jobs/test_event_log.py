@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from cliptune.errors import UnavailableError
 from cliptune.v1 import job_pb2
 from cliptune_server.event_log import CorruptLogError, EventLog, replay
@@ -25,9 +24,7 @@ def threads() -> Iterator[ThreadPoolExecutor]:
 def entries(count: int, *, first_step: int = 1, attempt: int = 1) -> list[Entry]:
     steps = range(first_step, first_step + count)
     return [
-        Entry(
-            event=job_pb2.JobEvent(attempt=attempt, progress=job_pb2.Progress(step=step)), sequence=step
-        )
+        Entry(event=job_pb2.JobEvent(attempt=attempt, progress=job_pb2.Progress(step=step)), sequence=step)
         for step in steps
     ]
 

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from cliptune.errors import HomeLockedError, InvalidInputError
 from cliptune_server.database import Database, JobRow
 from cliptune_server.home import Home
@@ -71,7 +70,9 @@ def test_a_damaged_index_starts_empty_and_says_so(tmp_path: Path) -> None:
     path = tmp_path / "cliptune.db"
     database = Database.open(path)
     assert database.fresh
-    database.run_now(lambda session: session.add(JobRow(id="a", name="a", state=1, created_ns=1, message=b"")))
+    database.run_now(
+        lambda session: session.add(JobRow(id="a", name="a", state=1, created_ns=1, message=b""))
+    )
     database.close()
     again = Database.open(path)
     assert not again.fresh

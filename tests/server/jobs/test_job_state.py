@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-
 from cliptune.errors import InternalError, InvalidInputError, JobStateError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2, spec_pb2
@@ -100,6 +99,7 @@ def test_a_command_without_content_is_refused() -> None:
         (trainer_pb2.OUTCOME_FAILED, "", JOB_STATE_FAILED),
         (trainer_pb2.OUTCOME_CANCELLED, "cancel", JOB_STATE_CANCELLED),
         (trainer_pb2.OUTCOME_PAUSED, "pause", JOB_STATE_PAUSED),
+        (trainer_pb2.OUTCOME_PAUSED, "cancel", JOB_STATE_CANCELLED),
         (trainer_pb2.OUTCOME_SUSPENDED, "", JOB_STATE_QUEUED),
         (trainer_pb2.OUTCOME_SUSPENDED, "cancel", JOB_STATE_CANCELLED),
         (None, "", JOB_STATE_QUEUED),
