@@ -1,0 +1,129 @@
+"""`cliptune models ...`: published models, their aliases, what is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+from cliptune.cli.connection import (
+    add_address,
+    add_json,
+    connect,
+    mapping,
+    moment,
+    print_json,
+    print_table,
+)
+from cliptune.cli.verb import Verb
+from cliptune.client import Client
+from cliptune.lines import size
+from cliptune.model import Model
+
+
+def _list(client: Client, options: argparse.Namespace) -> int:
+    _print(client.list_models(options.name), as_json=options.json)
+    return 0
+
+
+def _show(client: Client, options: argparse.Namespace) -> int:
+    model = client.get_model(options.model)
+    if options.json:
+        print_json(mapping(model.message))
+        return 0
+    print(f"{model.reference}  {', '.join(model.aliases) or 'no alias'}")
+    print(f"{model.architecture}, {model.embedding_dim} dimensions, {model.image_size} pixels")
+    print(f"created {moment(model.created)}" + (f" by job {model.job_id}" if model.job_id else ""))
+    print(f"loaded on {model.device}" if model.loaded else "not loaded")
+    print(f"{model.path}, {size(model.bytes)}")
+    if model.metrics:
+        print_table(("METRIC", "VALUE"), [(k, f"{v:.4f}") for k, v in sorted(model.metrics.items())])
+    return 0
+
+
+def _print(models: Sequence[Model], *, as_json: bool) -> None:
+    if as_json:
+        print_json([mapping(model.message) for model in models])
+        return
+    rows = [
+        (
+            model.reference,
+            ",".join(model.aliases) or "-",
+            model.device or "yes" if model.loaded else "-",
+            model.architecture,
+            size(model.bytes),
+            moment(model.created),
+        )
+        for model in models
+    ]
+    print_table(("MODEL", "ALIASES", "LOADED", "ARCHITECTURE", "SIZE", "CREATED"), rows)
+
+
+def _changed(
+    change: Callable[[Client, argparse.Namespace], Model],
+) -> Callable[[Client, argparse.Namespace], int]:
+    def run(client: Client, options: argparse.Namespace) -> int:
+        _print([change(client, options)], as_json=options.json)
+        return 0
+
+    return run
+
+
+def _unalias(client: Client, options: argparse.Namespace) -> int:
+    client.delete_alias(options.name, options.alias)
+    return 0
+
+
+def _delete(client: Client, options: argparse.Namespace) -> int:
+    client.delete_model(options.model)
+    return 0
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(
+        name: str, summary: str, run: Callable[[Client, argparse.Namespace], int], *, of_model: bool = True
+    ) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=summary, description=summary)
+        if of_model:
+            sub.add_argument("model", help="NAME, NAME:VERSION or NAME@ALIAS")
+        add_json(sub)
+        add_address(sub)
+        sub.set_defaults(action_run=run)
+        return sub
+
+    listing = action("list", "list published models", _list, of_model=False)
+    listing.add_argument("name", nargs="?", default="", help="only versions of this model")
+    action("show", "show a model with its metrics", _show)
+    action("load", "load a model for inference", _changed(lambda client, o: client.load_model(o.model)))
+    action("unload", "stop serving a model", _changed(lambda client, o: client.unload_model(o.model)))
+    alias = action(
+        "alias",
+        "point NAME@ALIAS at a version",
+        _changed(lambda client, o: client.set_alias(o.model, o.alias)),
+    )
+    alias.add_argument("alias", help="such as prod")
+    unalias = action("unalias", "remove an alias; the version stays", _unalias, of_model=False)
+    unalias.add_argument("name", help="the model's name")
+    unalias.add_argument("alias", help="such as prod")
+    action("delete", "remove a version that is not loaded and has no alias", _delete)
+
+
+def _run(options: argparse.Namespace) -> int:
+    with connect(options) as client:
+        status: int = options.action_run(client, options)
+        return status
+
+
+models = Verb(
+    name="models",
+    summary="list, load and alias published models",
+    examples=(
+        "cliptune models list",
+        "cliptune models alias cells:3 prod     # cells@prod now means version 3",
+        "cliptune models load cells@prod",
+        "cliptune models show cells --json",
+    ),
+    add_arguments=_add_arguments,
+    run=_run,
+)
