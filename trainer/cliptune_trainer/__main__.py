@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.task == "run":
         # Before torch is imported, which takes seconds.
         inbox.suspend_on_signals()
+        _bound_mps_memory()
     configure_logging(os.environ.get("CLIPTUNE_LOG_LEVEL", "info"), "cliptune-trainer")
     if not _hold_lock(arguments.job_dir, arguments.lock_fd):
         _log.error("another trainer is at work in %s", arguments.job_dir)
@@ -111,6 +112,16 @@ def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox
         reporter.finished(trainer_pb2.OUTCOME_FAILED, error)
     else:
         reporter.finished(ending.outcome, export_path=ending.export_path)
+
+
+def _bound_mps_memory() -> None:
+    """A Mac out of memory must say so: torch's own limit lies beyond its RAM, and it would swap instead.
+
+    Read by torch at its first use of the device. Both go together: a low mark above the high one is refused.
+    """
+    if sys.platform == "darwin" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
+        os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] = "1.0"
+        os.environ["PYTORCH_MPS_LOW_WATERMARK_RATIO"] = "0.9"
 
 
 def _hold_lock(job_dir: Path, descriptor: int | None) -> bool:
