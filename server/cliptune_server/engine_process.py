@@ -47,6 +47,7 @@ class EngineConfig:
     device: str = "auto"
     threads: int | None = None
     """None: the engine chooses."""
+    log_level: str = "info"
     message_bytes: int = 256 * 1024 * 1024
     """Largest message, either way."""
     standby: bool = True
@@ -87,6 +88,7 @@ class EngineProcess:
         )
         self.verdict: Final[asyncio.Future[str]] = asyncio.get_running_loop().create_future()
         """Why it is to be replaced, once that is known."""
+        self._draining = False
         self._watch: Final = asyncio.create_task(self._watch_exit())
 
     @classmethod
@@ -101,6 +103,7 @@ class EngineProcess:
             "--message-bytes",
             str(config.message_bytes),
         ]
+        command += ["--log-level", config.log_level]
         if config.threads is not None:
             command += ["--threads", str(config.threads)]
         process = await asyncio.create_subprocess_exec(
@@ -159,7 +162,10 @@ class EngineProcess:
             raise self._gone() from None  # the channel was closed under the call
 
     async def beat(self) -> None:
-        """Heartbeats until there is a verdict, and gives it when the engine is stuck."""
+        """Heartbeats until there is a verdict, and gives it when the engine is stuck.
+
+        An engine that was told to stop takes no new calls, these among them: `stop` has its own limit.
+        """
         missed = 0
         while not await self.ends_within(0.0 if missed else self._config.heartbeat_s):
             try:
@@ -167,6 +173,8 @@ class EngineProcess:
                     lambda stub: stub.Status, engine_pb2.StatusRequest(), self._config.heartbeat_timeout_s
                 )
             except CliptuneError as error:
+                if self._draining:
+                    return
                 missed += 1
                 if missed == 2:
                     self.condemn(f"does not answer ({error.message})")
@@ -185,6 +193,7 @@ class EngineProcess:
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM: it answers what it has accepted. SIGKILL after `grace_s`."""
+        self._draining = True
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
         try:

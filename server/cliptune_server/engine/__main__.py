@@ -140,4 +140,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # All is answered and flushed; the interpreter's teardown of torch would hold up a stop by a second.
+    os._exit(status)

@@ -68,8 +68,6 @@ async def engine(
         await load(engine, "m:1", model_dir)
         await load(engine, "m:2", other_model_dir)
         yield engine
-        await engine.stop(20)
-        assert engine.verdict.result() == "ended with status 0"
     finally:
         await engine.kill()
 
@@ -468,3 +466,11 @@ async def test_a_cancelled_request_frees_its_place(engine: EngineProcess) -> Non
         await asking
     async with asyncio.timeout(20):
         await embed_images(engine, [file(FILES[0])])
+
+
+async def test_the_end_of_its_stdin_ends_an_engine(engine: EngineProcess) -> None:
+    """The last test of this file."""
+    assert engine._process.stdin is not None
+    engine._process.stdin.close()
+    assert await engine.ends_within(20)
+    assert engine.verdict.result() == "ended with status 0"
