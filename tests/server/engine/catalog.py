@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from cliptune.errors import ModelNotFoundError
-from cliptune_server.engines import EngineConfig, EngineState, EngineSupervisor
+from cliptune_server.engine_process import EngineConfig
+from cliptune_server.engines import EngineState, EngineSupervisor
 
 
 class MemoryCatalog:

@@ -19,7 +19,8 @@ from cliptune.errors import (
 )
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, inference_pb2_grpc, spec_pb2, tensor_pb2
-from cliptune_server.engines import EngineConfig, EngineSupervisor
+from cliptune_server.engine_process import EngineConfig
+from cliptune_server.engines import EngineSupervisor
 from cliptune_server.router import Router
 from cliptune_server.rpc.inference import InferenceServicer
 

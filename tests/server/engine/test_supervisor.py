@@ -18,7 +18,8 @@ import pytest_asyncio
 from cliptune.errors import UnavailableError
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, tensor_pb2
-from cliptune_server.engines import EngineConfig, EngineState, EngineSupervisor
+from cliptune_server.engine_process import EngineConfig
+from cliptune_server.engines import EngineState, EngineSupervisor
 
 from tests.server.engine.catalog import Told, supervising
 from tests.support import images
@@ -196,7 +197,8 @@ async def test_stopping_answers_what_is_in_flight_and_leaves_nothing_behind(mode
 DAEMON = """
 import asyncio, json, sys
 from pathlib import Path
-from cliptune_server.engines import EngineConfig, EngineSupervisor
+from cliptune_server.engine_process import EngineConfig
+from cliptune_server.engines import EngineSupervisor
 
 async def main():
     engines = EngineSupervisor(EngineConfig(device="cpu", threads=1, standby=False))
