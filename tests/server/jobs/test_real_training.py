@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from cliptune.errors import MissingColumnError
+from cliptune.errors import DiskFullError, MissingColumnError
 from cliptune.v1 import job_pb2, spec_pb2
 from cliptune_server.database import Database
 from cliptune_server.engine_process import EngineConfig
@@ -110,6 +111,31 @@ async def test_a_running_trainer_obeys_every_command(tmp_path: Path) -> None:
         assert_gapless(paused)
         answer = await jobs.control(job.id, job_pb2.JobCommand(cancel=job_pb2.CancelCommand()))
         assert answer.job.state == job_pb2.JOB_STATE_CANCELLED
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux changes another process's limit")
+async def test_a_full_disk_pauses_the_job_in_memory_and_a_resume_loses_nothing(tmp_path: Path) -> None:
+    shapes = write_shapes(tmp_path / "shapes")
+    # Files of at most 64 KiB: the journal fits, a checkpoint does not.
+    limited = ("bash", "-c", f'ulimit -S -f 64; exec {sys.executable} -m cliptune_trainer "$@"', "trainer")
+    async with open_jobs(tmp_path, command=limited) as jobs:
+        job = await create(jobs, real_spec(shapes, "full", steps=4))
+        events = await collect(jobs, job.id, until=in_state(job_pb2.JOB_STATE_PAUSED))
+        assert events[-1].state.error.reason == "DiskFullError"
+        assert (await jobs.get(job.id)).error.reason == "DiskFullError"
+        assert jobs.snapshot().running_by_device == {"cpu": 1}
+        resume = job_pb2.JobCommand(resume=job_pb2.ResumeCommand())
+        with pytest.raises(DiskFullError):
+            await jobs.control(job.id, resume)
+        note = JobFolder(tmp_path / "home" / "jobs" / job.id).launch_note()
+        assert note is not None
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(note.pid, resource.RLIMIT_FSIZE, unlimited)
+        assert (await jobs.control(job.id, resume)).job.state == job_pb2.JOB_STATE_RUNNING
+        events = await collect(jobs, job.id)
+        assert_gapless(events)
+        assert states(events) == ["PREPARING", "QUEUED", "RUNNING", "PAUSED", "RUNNING", "SUCCEEDED"]
+        assert [event.progress.step for event in events if event.HasField("progress")] == [1, 2, 3, 4]
 
 
 async def test_a_validation_with_a_missing_column_raises_the_trainers_own_error(tmp_path: Path) -> None:
