@@ -146,7 +146,12 @@ class Daemon:
 
             log.info("stopping: jobs checkpoint, calls in flight are answered within %.0f s", config.grace_s)
             readiness.stop()
-            ends = (rpc.stop(config.grace_s), http.stop(), jobs.stop(config.grace_s))
+
+            async def stop_jobs() -> None:
+                await jobs.stop(config.grace_s)
+                rpc.end_sessions()
+
+            ends = (rpc.stop(config.grace_s), http.stop(), stop_jobs())
             for outcome in await asyncio.gather(*ends, return_exceptions=True):
                 if isinstance(outcome, BaseException):
                     log.error("a part did not stop cleanly", exc_info=outcome)

@@ -96,6 +96,10 @@ class ErrorInterceptor(AroundInterceptor):
             _cut_off(left)
             await asyncio.wait(left, timeout=1.0)
 
+    def cut_off(self, method: str) -> None:
+        """Fail the calls of one method with UNAVAILABLE now; only while draining."""
+        _cut_off([call for call, called in self._calls.items() if str(called) == method])
+
 
 def _cut_off(calls: Iterable[asyncio.Task[None]]) -> None:
     for call in calls:

@@ -87,6 +87,10 @@ class RpcServer:
         await self._errors.drain(grace_s)
         await closing
 
+    def end_sessions(self) -> None:
+        """The jobs have stopped: a session that is still open has nothing left to say."""
+        self._errors.cut_off("cliptune.v1.TrainingService/Session")
+
 
 def _options(limits: Limits) -> list[tuple[str, int]]:
     return [
