@@ -18,7 +18,15 @@ import grpc
 from opentelemetry import trace
 
 from cliptune.codec import Request
-from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError, UnavailableError
+from cliptune.errors import (
+    CliptuneError,
+    DeadlineExceededError,
+    InternalError,
+    InvalidInputError,
+    OverloadedError,
+    RequestTooLargeError,
+    UnavailableError,
+)
 from cliptune.tracing import Pair, inject, tracer
 from cliptune.wire import error_from_rpc
 
@@ -44,6 +52,8 @@ SAFE_METHODS: Final = (
 )
 # What the daemon accepts in one message.
 _MESSAGE_BYTES: Final = 256 * 1024 * 1024
+# What grpc.aio says of a write to a stream whose peer has gone, whatever the stream's own status is.
+_LOST_WHILE_WRITING: Final = "Internal error from Core"
 # A stream may be silent for hours; one that stood longer than an attempt to connect (20 s) was accepted.
 _ACCEPTED_AFTER_S: Final = 30.0
 
@@ -96,6 +106,10 @@ def failure(error: grpc.RpcError, address: str, method: str, timeout_s: float | 
         return UnavailableError(
             f"no daemon answers at {address} (start one: cliptune serve): {known.message}", address=address
         )
+    if type(known) is InternalError and known.message == _LOST_WHILE_WRITING:
+        return UnavailableError("the daemon went away while a stream was written to", address=address)
+    if type(known) is OverloadedError and "larger than max" in known.message:  # gRPC's own limit, either side
+        return RequestTooLargeError(known.message, limit=_MESSAGE_BYTES)
     if type(known) is DeadlineExceededError and timeout_s is not None:
         return DeadlineExceededError(f"{method} was not answered within {timeout_s:g} s", timeout_s=timeout_s)
     return known

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from cliptune.errors import (
@@ -69,7 +70,7 @@ def error_from_details(serialized: bytes) -> CliptuneError | None:
     status = status_pb2.Status()
     try:
         status.ParseFromString(serialized)
-    except ValueError:  # protobuf's DecodeError
+    except DecodeError:
         return None
     for detail in status.details:
         info = error_details_pb2.ErrorInfo()
