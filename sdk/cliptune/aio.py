@@ -20,7 +20,13 @@ from typing import Any, Final, Self, TypeVar
 import grpc
 import grpc.aio
 
-from cliptune import bulk, bulk_feed_aio, codec, health, inference_codec, session, watch
+import cliptune.bulk as bulk
+import cliptune.bulk_feed_aio as bulk_feed_aio
+import cliptune.codec as codec
+import cliptune.health as health
+import cliptune.inference_codec as inference_codec
+import cliptune.session as session
+import cliptune.watch as watch
 from cliptune.address import find_address
 from cliptune.channel import (
     DEFAULT_ATTEMPTS,

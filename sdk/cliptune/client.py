@@ -18,8 +18,13 @@ from typing import Any, Final, Self, TypeVar
 
 import grpc
 
-from cliptune import bulk, bulk_feed, codec, health, inference_codec, watch
-from cliptune import session as sessions
+import cliptune.bulk as bulk
+import cliptune.bulk_feed as bulk_feed
+import cliptune.codec as codec
+import cliptune.health as health
+import cliptune.inference_codec as inference_codec
+import cliptune.session as sessions
+import cliptune.watch as watch
 from cliptune.address import find_address
 from cliptune.channel import (
     DEFAULT_ATTEMPTS,

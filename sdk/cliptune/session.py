@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Final, Self
 
-from cliptune import codec
+import cliptune.codec as codec
 from cliptune.errors import CancelledError, CliptuneError, from_detail
 from cliptune.job import CommandReceipt, JobEvent, event_from_message
 from cliptune.v1 import job_pb2, training_pb2
