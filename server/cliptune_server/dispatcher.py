@@ -224,7 +224,7 @@ class Dispatcher:
     async def _launch(self, job: LiveJob, run: TrainerRun) -> Ending:
         """Starts the trainer and waits for its end."""
         context = extract_environment(job.header.trace)
-        attributes = {"cliptune.job_id": job.id, "cliptune.attempt": run.note.attempt}
+        attributes: dict[str, str | int] = {"cliptune.job_id": job.id, "cliptune.attempt": run.note.attempt}
         with tracer().start_as_current_span(f"job.{run.note.mode}", context=context, attributes=attributes):
             order = LaunchOrder(
                 folder=job.folder,

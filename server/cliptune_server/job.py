@@ -220,7 +220,7 @@ class Ending:
 class Verdict:
     """What follows an ending."""
 
-    state: job_pb2.JobState
+    state: State
     """UNSPECIFIED: preparation has to be run again."""
     reason: str = ""
     error: error_pb2.ErrorDetail | None = None

@@ -101,19 +101,16 @@ class LinkService(trainer_pb2_grpc.LinkServiceServicer):
         first = await anext(request_iterator, None)
         if first is None or first.WhichOneof("message") != "hello":
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be Hello")
-            return
         hello = first.hello
         secret = peer.link_secret(hello.job_id)
         # Compared also where there is no such job: the time taken tells nothing.
         if not hmac.compare_digest((secret or "-" * 64).encode(), hello.secret.encode()) or secret is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong secret or unknown job")
-            return
         attachment = Attachment()
         try:
             await peer.trainer_attached(hello, attachment)
         except CliptuneError as error:
             await context.abort(wire_status(error).grpc, error.message)
-            return
         receiving = asyncio.create_task(self._receive(peer, hello.job_id, request_iterator, attachment))
         try:
             yield trainer_pb2.AttachResponse(welcome=trainer_pb2.Welcome())
