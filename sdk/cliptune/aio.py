@@ -17,7 +17,6 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-import grpc
 import grpc.aio
 
 import cliptune.bulk as bulk
