@@ -30,8 +30,8 @@ from cliptune_server.rpc.interceptor import AroundInterceptor, Context, Method
 _log = logging.getLogger(__name__)
 
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Streams that end when the client says so and that no answer depends on: a stop does not wait for them.
-_IDLE_SERVICES: Final = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
+# Ends when the client says so, and nobody depends on it: a stop does not wait.
+_REFLECTION: Final = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 def translate(error: BaseException) -> CliptuneError:
@@ -87,7 +87,7 @@ class ErrorInterceptor(AroundInterceptor):
     async def drain(self, grace_s: float) -> None:
         """Refuse new calls, wait `grace_s` for those in flight, and fail the rest with UNAVAILABLE."""
         self._stopping = True
-        _cut_off([call for call, method in self._calls.items() if method.service in _IDLE_SERVICES])
+        self.cut_off(_REFLECTION)
         if self._calls:
             await asyncio.wait(list(self._calls), timeout=grace_s)
         if self._calls:
