@@ -149,17 +149,19 @@ def test_health_tells_of_the_whole_and_of_each_service(channel: grpc.Channel) ->
 
 
 def test_several_health_watchers_hear_of_the_canary_and_jobs_do_not_wait_for_it(tmp_path: Path) -> None:
-    with running_daemon(tmp_path / "home", wait_ready=False) as daemon:
-        with grpc.insecure_channel(daemon.grpc) as channel:
-            stub = health_pb2_grpc.HealthStub(channel)
-            watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=90) for _ in range(3)]
-            for watch in watches:
-                assert next(watch).status == NOT_SERVING
-            jobs = health_pb2.HealthCheckRequest(service="cliptune.v1.TrainingService")
-            assert stub.Check(jobs).status == SERVING
-            for watch in watches:
-                assert next(watch).status == SERVING
-                watch.cancel()
+    with (
+        running_daemon(tmp_path / "home", wait_ready=False) as daemon,
+        grpc.insecure_channel(daemon.grpc) as channel,
+    ):
+        stub = health_pb2_grpc.HealthStub(channel)
+        watches = [stub.Watch(health_pb2.HealthCheckRequest(), timeout=90) for _ in range(3)]
+        for watch in watches:
+            assert next(watch).status == NOT_SERVING
+        jobs = health_pb2.HealthCheckRequest(service="cliptune.v1.TrainingService")
+        assert stub.Check(jobs).status == SERVING
+        for watch in watches:
+            assert next(watch).status == SERVING
+            watch.cancel()
 
 
 def test_reflection_lists_every_service(channel: grpc.Channel) -> None:
@@ -201,7 +203,8 @@ def test_sigterm_answers_what_was_accepted_and_the_trace_goes_from_the_client_to
     log = daemon.log.read_text()
     assert f'"trace_id": "0x{trace_id}"' in log
     assert f'"parent_id": "0x{span_id}"' in log
-    for span in ("cliptune.v1.InferenceService/EmbedImages", "router.EmbedImages"):
+    rpc = "cliptune.v1.InferenceService/EmbedImages"
+    for span in (rpc, "router.EmbedImages", "engine.decode", "engine.queue", "engine.forward"):
         assert f'"name": "{span}"' in log
 
 
@@ -224,34 +227,38 @@ def test_a_call_that_does_not_end_in_time_fails_as_unavailable_and_the_daemon_en
 
 
 def test_an_idle_session_and_an_idle_reflection_stream_do_not_hold_a_stop_up(tmp_path: Path) -> None:
-    with running_daemon(tmp_path / "home", wait_ready=False, flags=("--grace", "300")) as daemon:
-        with grpc.insecure_channel(daemon.grpc) as channel:
-            sending, asking = Sending(), Sending()
-            session = training_pb2_grpc.TrainingServiceStub(channel).Session(iter(sending))
-            sending.send(training_pb2.SessionRequest(request_id="1", unwatch_job_id="none"))
-            assert next(session).WhichOneof("result") == "error"
-            reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asking))
-            asking.send(reflection_pb2.ServerReflectionRequest(list_services=""))
-            assert next(reflection).HasField("list_services_response")
-            daemon.signal(signal.SIGTERM)
-            with pytest.raises(grpc.RpcError) as raised:
-                next(session)
-            assert isinstance(error_from_rpc(raised.value), UnavailableError)
-            assert daemon.wait() == 0
-            sending.done()
-            asking.done()
+    with (
+        running_daemon(tmp_path / "home", wait_ready=False, flags=("--grace", "300")) as daemon,
+        grpc.insecure_channel(daemon.grpc) as channel,
+    ):
+        sending, asking = Sending(), Sending()
+        session = training_pb2_grpc.TrainingServiceStub(channel).Session(iter(sending))
+        sending.send(training_pb2.SessionRequest(request_id="1", unwatch_job_id="none"))
+        assert next(session).WhichOneof("result") == "error"
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter(asking))
+        asking.send(reflection_pb2.ServerReflectionRequest(list_services=""))
+        assert next(reflection).HasField("list_services_response")
+        daemon.signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as raised:
+            next(session)
+        assert isinstance(error_from_rpc(raised.value), UnavailableError)
+        assert daemon.wait() == 0
+        sending.done()
+        asking.done()
 
 
 def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
-    with running_daemon(tmp_path / "home", wait_ready=False, flags=("--grace", "300")) as daemon:
-        with grpc.insecure_channel(daemon.grpc) as channel:
-            sending = Sending()
-            open_stream = inference_pb2_grpc.InferenceServiceStub(channel).EmbedStream(iter(sending))
-            sending.send(inference_pb2.EmbedStreamRequest(id="neither image nor text"))
-            next(open_stream)
-            wait_for_stopping(channel, daemon, signal.SIGTERM)
-            daemon.signal(signal.SIGTERM)
-            assert daemon.wait(20) == 1
-            sending.done()
+    with (
+        running_daemon(tmp_path / "home", wait_ready=False, flags=("--grace", "300")) as daemon,
+        grpc.insecure_channel(daemon.grpc) as channel,
+    ):
+        sending = Sending()
+        open_stream = inference_pb2_grpc.InferenceServiceStub(channel).EmbedStream(iter(sending))
+        sending.send(inference_pb2.EmbedStreamRequest(id="neither image nor text"))
+        next(open_stream)
+        wait_for_stopping(channel, daemon, signal.SIGTERM)
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait(20) == 1
+        sending.done()
     with running_daemon(tmp_path / "home", wait_ready=False):
         pass
