@@ -1,0 +1,76 @@
+"""What becomes of a job's export: published once, served as its spec says, swapped under its aliases."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from cliptune.errors import ModelNotFoundError
+from cliptune.v1 import model_pb2
+from cliptune.v1.spec_pb2 import PublishSpec
+from cliptune_server.database import Database
+from cliptune_server.engine_process import EngineConfig
+from cliptune_server.engines import EngineSupervisor
+from cliptune_server.model_files import ModelFiles
+from cliptune_server.models import Models
+from cliptune_server.registry import Registry
+
+from tests.support.models import export_test_model
+
+
+@pytest.fixture
+async def models(tmp_path: Path) -> AsyncIterator[Models]:
+    database = Database.open(tmp_path / "cliptune.db")
+    engines = EngineSupervisor(EngineConfig(device="cpu", threads=1, standby=False))
+    registry = Registry(ModelFiles(tmp_path / "models"), database)
+    models = Models(registry=registry, engines=engines, serving_path=tmp_path / "serving.json")
+    await engines.start()
+    await models.start()
+    yield models
+    await models.stop()
+    await engines.stop(5.0)
+    database.close()
+
+
+async def loaded(models: Models) -> list[str]:
+    listed = await models.list(model_pb2.ListModelsRequest())
+    return [f"{model.name}:{model.version}" for model in listed.models if model.loaded]
+
+
+async def test_jobs_publish_versions_that_replace_each_other_under_their_aliases(
+    models: Models, tmp_path: Path
+) -> None:
+    def export(seed: int) -> Path:
+        export_test_model(tmp_path / f"export{seed}", seed=seed)
+        return tmp_path / f"export{seed}"
+
+    live = PublishSpec(model="shapes", aliases=["prod", "live"])
+    first = await models.publish("job-1", live, export(1), {"auroc": 0.5})
+    assert (first.name, first.version, list(first.aliases)) == ("shapes", 1, ["live", "prod"])
+    assert await loaded(models) == ["shapes:1"]
+    assert await models.publish("job-1", live, tmp_path / "export1", {}) == first
+
+    second = await models.publish("job-2", live, export(2), {})
+    assert (second.version, list(second.aliases)) == (2, ["live", "prod"])
+    assert await loaded(models) == ["shapes:2"]
+    assert await models.catalog.resolve("shapes@prod") == "shapes:2"
+
+    quiet = PublishSpec(model="shapes", aliases=["candidate"], serve=False)
+    third = await models.publish("job-3", quiet, export(3), {})
+    assert (third.version, list(third.aliases)) == (3, ["candidate"])
+    assert await loaded(models) == ["shapes:2"]
+    assert await models.catalog.resolve("shapes") == "shapes:2"
+    source = await models.resolve_source("registry:shapes@candidate")
+    assert source == f"local-dir:{tmp_path / 'models' / 'shapes' / '3'}"
+    assert await models.resolve_source("ViT-B-32") == "ViT-B-32"
+    with pytest.raises(ModelNotFoundError):
+        await models.resolve_source("registry:shapes@nothing")
+
+    # Weights that no engine can load: kept as a version, but what is served stays served.
+    broken = export(4)
+    (broken / "open_clip_model.safetensors").write_bytes(b"not weights")
+    fourth = await models.publish("job-4", live, broken, {})
+    assert (fourth.version, list(fourth.aliases)) == (4, [])
+    assert await loaded(models) == ["shapes:2"]
+    assert await models.catalog.resolve("shapes@prod") == "shapes:2"
