@@ -41,8 +41,8 @@ def configure_logging(level: str = "info", service: str = "cliptune") -> None:
     """Send every log line of this process to stderr: JSON, one object a line, or coloured text on a terminal.
 
     Each line has `timestamp` (UTC), `level`, `event`, `logger`, `service`, what is bound through structlog's
-    contextvars (`job_id`), and `trace_id` and `span_id` inside a span. Raises InvalidInputError for an unknown
-    level.
+    contextvars (`job_id`), and `trace_id` and `span_id` inside a span. Raises InvalidInputError for an
+    unknown level.
     """
     import structlog
 

@@ -4,8 +4,8 @@ In: what the faces tell after each call, and at each scrape a reading of engine 
 `/metrics`. The daemon makes one Metrics and hands it to the gRPC interceptor and the gateway; docs/metrics.md
 lists every metric, and a test holds the list against the registry.
 
-What the engine counts (items, batches, forward seconds) starts from zero with each engine process, as Prometheus
-expects of a counter whose process restarted.
+What the engine counts (items, batches, forward seconds) starts from zero with each engine process, as
+Prometheus expects of a counter whose process restarted.
 """
 
 from __future__ import annotations
