@@ -19,11 +19,11 @@ from typing import Any, Final, cast
 import open_clip
 import PIL.Image
 import torch
-from cliptune.errors import InvalidInputError, WeightsUnavailableError
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from cliptune.errors import InvalidInputError, WeightsUnavailableError
 from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.tokens import check_text, without_waste
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+
 from cliptune.errors import InvalidInputError
 
 PRECISIONS: Final = ("fp32", "bf16", "fp16")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 import grpc
+
 from cliptune.errors import CliptuneError
 
 Status = Literal["ok", "warn", "fail"]

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
 

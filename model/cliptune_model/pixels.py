@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 import PIL.Image
+
 from cliptune.errors import ImageDecodeError, ImageSizeError, InvalidInputError, OverloadedError, TensorError
 
 # Nothing else is tried: some of Pillow's other formats start programs or read other files.

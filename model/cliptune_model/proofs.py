@@ -16,10 +16,10 @@ from typing import Any, cast
 import numpy as np
 import PIL.Image
 import torch
-from cliptune.errors import ImageDecodeError
 from torch import Tensor
 from torch.nn import functional as F
 
+from cliptune.errors import ImageDecodeError
 from cliptune_model.clip import Clip, build
 from cliptune_model.device import synchronize
 from cliptune_model.exported import Manifest, export_model, load_exported

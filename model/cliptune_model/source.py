@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import open_clip
+from huggingface_hub import constants
+from open_clip import factory as open_clip_factory
+from open_clip import pretrained as open_clip_pretrained
+
 from cliptune.errors import (
     ConflictError,
     InvalidInputError,
     ModelNotFoundError,
     WeightsUnavailableError,
 )
-from huggingface_hub import constants
-from open_clip import factory as open_clip_factory
-from open_clip import pretrained as open_clip_pretrained
 
 LOCAL_DIR: Final = "local-dir:"
 HF_HUB: Final = "hf-hub:"

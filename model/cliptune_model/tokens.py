@@ -11,9 +11,10 @@ import copy
 from collections.abc import Callable
 from typing import Any, Final, cast
 
-from cliptune.errors import TextError
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+
+from cliptune.errors import TextError
 
 MAX_TEXT_CHARS: Final = 20_000
 # Byte-pair merging takes time that grows with the square of a word's length: 1,000 random letters take 0.1 s,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from cliptune.errors import InvalidInputError
 from torch import Tensor
 
+from cliptune.errors import InvalidInputError
 from cliptune_model.clip import Clip
 from cliptune_model.similarity import normalise
 

@@ -28,7 +28,7 @@
     └── InternalError                INTERNAL             500   our fault
 
 The table below is the only place that knows a status. On the wire the class travels by name: as `reason` in
-`google.rpc.ErrorInfo` (gRPC), as `reason` in problem+json (REST), and as `ErrorDetail.reason` inside messages.
+`google.rpc.ErrorInfo` (gRPC) and in problem+json (REST), and as `ErrorDetail.reason` inside messages.
 """
 
 from __future__ import annotations

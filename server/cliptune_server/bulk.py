@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 import numpy as np
+
 from cliptune.errors import CliptuneError, InvalidInputError, to_detail
 from cliptune.tensors import pack, unpack
 from cliptune.v1 import error_pb2, inference_pb2

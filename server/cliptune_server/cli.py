@@ -74,7 +74,6 @@ def _run(arguments: argparse.Namespace) -> int:
     # A collection while importing finds nothing and costs a fifth of the start.
     gc.disable()
     from cliptune.telemetry import configure_logging, configure_tracing
-
     from cliptune_server.config import ServerConfig
     from cliptune_server.daemon import Daemon
 

@@ -35,7 +35,6 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_QUEUED,
     JOB_STATE_UNSPECIFIED,
 )
-
 from cliptune_server.admission import Publisher
 from cliptune_server.job import CRASH_NOTICE, Ending, Verdict, judge, state_name
 from cliptune_server.job_folder import JobFolder, LaunchNote

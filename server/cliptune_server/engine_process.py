@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import grpc
+
 from cliptune import tracing
 from cliptune.errors import CliptuneError, InvalidInputError, RequestTooLargeError, UnavailableError
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc

@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from cliptune.errors import CliptuneError, InternalError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
-
 from cliptune_server.engine_process import EngineConfig, EngineProcess
 
 # An engine that lived so long was no part of a crash loop.

@@ -22,10 +22,10 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Final
 
-from cliptune.errors import UnavailableError
-from cliptune.v1 import job_pb2
 from google.protobuf import json_format
 
+from cliptune.errors import UnavailableError
+from cliptune.v1 import job_pb2
 from cliptune_server.job import Entry, is_final
 
 log = logging.getLogger(__name__)

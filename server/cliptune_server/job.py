@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeAlias
 
+from google.protobuf import timestamp_pb2
+
 from cliptune.errors import InternalError, InvalidInputError, JobStateError, to_detail
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import error_pb2, job_pb2
@@ -25,7 +27,6 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_SUCCEEDED,
     JOB_STATE_UNSPECIFIED,
 )
-from google.protobuf import timestamp_pb2
 
 State: TypeAlias = job_pb2.JobState.ValueType
 

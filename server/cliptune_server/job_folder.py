@@ -26,9 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from cliptune.v1 import spec_pb2
 from google.protobuf import json_format
 
+from cliptune.v1 import spec_pb2
 from cliptune_server.home import sync_folder, write_json
 
 _LOG_END_BYTES: Final = 4_000

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Final
 
 import sqlalchemy
-from cliptune.errors import InvalidInputError
-from cliptune.v1 import job_pb2
 from sqlalchemy import delete, func, select, tuple_
 from sqlalchemy.orm import Session
 
+from cliptune.errors import InvalidInputError
+from cliptune.v1 import job_pb2
 from cliptune_server.database import Database, JobRow
 from cliptune_server.job import FINAL_STATES, State, state_name
 from cliptune_server.live_job import LiveJob

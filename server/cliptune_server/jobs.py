@@ -36,7 +36,6 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_PREPARING,
     JOB_STATE_QUEUED,
 )
-
 from cliptune_server.admission import Admission, Publisher
 from cliptune_server.database import Database
 from cliptune_server.dispatcher import Dispatcher

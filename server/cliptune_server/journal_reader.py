@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cliptune.internal.v1 import trainer_pb2
 from google.protobuf import json_format
+
+from cliptune.internal.v1 import trainer_pb2
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cliptune.errors import ConflictError
-
 from cliptune_server.job_folder import JobFolder, LaunchNote
 
 log = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 import grpc
 import grpc.aio
+
 from cliptune.errors import CliptuneError, wire_status
 from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 

@@ -14,11 +14,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
 
+from google.protobuf import timestamp_pb2
+
 from cliptune.errors import CliptuneError, UnavailableError, from_detail, to_detail
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import error_pb2, job_pb2, spec_pb2
-from google.protobuf import timestamp_pb2
-
 from cliptune_server.event_log import EventLog
 from cliptune_server.job import Entry, JobRecord, State, check_transition, command_name
 from cliptune_server.job_folder import JobFolder, JobHeader

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from cliptune.errors import InvalidInputError, ModelStateError
-
 from cliptune_server.model_files import PublishedModel
 from cliptune_server.registry import Reference, Registry
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from cliptune.errors import InternalError, InvalidInputError, ModelNotFoundError
-
 from cliptune_server.home import sync_folder, write_json
 
 MANIFEST: Final = "cliptune.json"

@@ -26,7 +26,6 @@ from typing import Any, Final, Protocol, TypeVar
 from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
-
 from cliptune_server.home import write_json
 from cliptune_server.loaded import LoadedModels
 from cliptune_server.model_files import PublishedModel, check_name

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy
-from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError, ModelStateError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune_server.database import Base, Database
 from cliptune_server.model_files import ModelFiles, PublishedModel, check_name
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 from cliptune.errors import DeadlineExceededError, ModelStateError, RequestTooLargeError
 from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2
-
 from cliptune_server.bulk import BulkStream
 from cliptune_server.engines import EngineSupervisor
 

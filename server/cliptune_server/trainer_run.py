@@ -18,7 +18,6 @@ from typing import Final
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune.v1.job_pb2 import JOB_STATE_PAUSED, JOB_STATE_QUEUED, JOB_STATE_RUNNING
-
 from cliptune_server.job import TRANSITIONS, Ending, Entry
 from cliptune_server.job_folder import LaunchNote
 from cliptune_server.journal_reader import JournalReader

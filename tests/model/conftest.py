@@ -7,6 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 

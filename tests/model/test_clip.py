@@ -12,12 +12,12 @@ import open_clip
 import PIL.Image
 import pytest
 import torch
+
 from cliptune.errors import TextError
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model
 from cliptune_model.pixels import decode_image
 from cliptune_model.source import ModelSource
-
 from tests.model.conftest import encoded, photo
 
 TEXTS = ["a defective solar cell", "a photo of a cat, sitting; très joli!", "word " * 200]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cliptune.errors import InvalidInputError
 from cliptune_model.device import (
     Choice,

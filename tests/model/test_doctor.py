@@ -14,11 +14,12 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from cliptune_model import doctor as doctor_module
 from cliptune_model import proofs
 from cliptune_model.cli import doctor
 from cliptune_model.doctor import Check, diagnose
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 NAMES = ["python", "platform", "memory", "packages", "home", "daemon", "imports", "devices", "device",
          "precision", "threads", "gradients", "long sums", "export", "tokeniser", "images"]  # fmt: skip

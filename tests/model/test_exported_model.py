@@ -12,6 +12,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model, load_exported, read_manifest

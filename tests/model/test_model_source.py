@@ -11,11 +11,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from safetensors.torch import save_file
+
 from cliptune.errors import ConflictError, InvalidInputError, ModelNotFoundError
 from cliptune_model import source as source_module
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import CONFIG_FOLDER, ModelSource, resolve
-from safetensors.torch import save_file
 
 
 def test_a_plain_open_clip_folder_loads(clip: Clip, tmp_path: Path) -> None:

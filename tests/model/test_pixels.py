@@ -14,10 +14,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageFile
 import pytest
+
 from cliptune.errors import ImageDecodeError, ImageSizeError, InvalidInputError, TensorError
 from cliptune_model.clip import Clip
 from cliptune_model.pixels import FORMATS, PixelLimits, decode_image, image_from_pixels
-
 from tests.model.conftest import encoded, photo
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from cliptune.errors import InvalidInputError, TextError
 from cliptune_model.clip import Clip
 from cliptune_model.similarity import Cosine

@@ -9,6 +9,7 @@ import time
 import open_clip
 import pytest
 import torch
+
 from cliptune.errors import TextError
 from cliptune_model import tokens as tokens_module
 from cliptune_model.clip import Clip

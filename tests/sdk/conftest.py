@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cliptune import Client
 
+from cliptune import Client
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.datasets import Shapes, write_shapes
 from tests.support.models import publish_test_model

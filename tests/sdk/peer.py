@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
+
 from cliptune.v1 import inference_pb2_grpc, model_pb2_grpc, training_pb2, training_pb2_grpc
 
 Handler = Callable[[Any, grpc.ServicerContext, int], Any]

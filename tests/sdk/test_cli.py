@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from cliptune import JobState, StateChange
 from cliptune.cli import main as cli
 from cliptune.cli.verb import Verb
-
 from tests.sdk.conftest import House
 from tests.support import images
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from cliptune import (
     AsyncClient,
     Client,
@@ -26,7 +27,6 @@ from cliptune import (
     TextError,
     pause,
 )
-
 from tests.sdk.conftest import House
 from tests.support import images
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from cliptune.errors import CliptuneError, ImageDecodeError, ImageSizeError, InvalidInputError, TensorError
 from cliptune.images import image_message, is_one_image
 from cliptune.tensors import unpack
-from PIL import Image
-
 from tests.support import images
 
 PIXELS = np.asarray(images.draw(size=24))

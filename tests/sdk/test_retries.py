@@ -8,12 +8,12 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from cliptune import AsyncClient, Client, DeadlineExceededError, RequestTooLargeError, UnavailableError
 from cliptune.channel import SAFE_METHODS
 from cliptune.tensors import pack
 from cliptune.v1 import inference_pb2, job_pb2, training_pb2
 from cliptune.wire import DETAILS_KEY, status_details
-
 from tests.sdk.peer import LIMIT_BYTES, Peer, away, away_until, events, last_event, running_peer
 
 SPEC = {"name": "a", "model": {"name": "m"}, "data": {"train": "x.csv"}}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from cliptune.errors import InvalidInputError, SpecError
 from cliptune.spec import load_spec, spec_from_mapping, spec_to_mapping, validate_shape, with_settings
 from cliptune.spec_shape import RULES, Choice, Pattern, Range

@@ -11,9 +11,9 @@ import time
 from typing import Any
 
 import pytest
+
 from cliptune.errors import InvalidInputError
 from cliptune.telemetry import RepeatFilter, configure_logging, exporter_names
-
 from tests.support.collector import Collector
 
 PROGRAM = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from cliptune.errors import TensorError
 from cliptune.tensors import check_finite, pack, unpack
 from cliptune.v1 import tensor_pb2

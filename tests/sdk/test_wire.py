@@ -9,6 +9,7 @@ from concurrent import futures
 import grpc
 import grpc.aio
 import pytest
+
 from cliptune import wire
 from cliptune.errors import (
     CliptuneError,

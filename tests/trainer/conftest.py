@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cliptune_model.clip import Clip, build
-from cliptune_model.source import ModelSource
 from PIL import Image
 
+from cliptune_model.clip import Clip, build
+from cliptune_model.source import ModelSource
 from tests.trainer.daemon import LinkServer
 from tests.trainer.jobs import TrainerJob
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+
 from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from cliptune.v1 import job_pb2
 

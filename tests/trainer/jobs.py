@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format
+
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_trainer.job import JobFolder
-from google.protobuf import json_format
 
 TIMEOUT_S = 120
 

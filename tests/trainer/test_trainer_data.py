@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Findings, Pairs, read_dataset

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cliptune_trainer.losses import LOSSES, Identities, infonce, multi_positive
 from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
+
+from cliptune_trainer.losses import LOSSES, Identities, infonce, multi_positive
 
 
 def features(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

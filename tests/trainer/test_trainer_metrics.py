@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
+
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
@@ -18,7 +20,6 @@ from cliptune_trainer.metrics import (
     recall_at,
 )
 from cliptune_trainer.spec import ClassConfig
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, roc_auc_score
 
 CLASSES = tuple(ClassConfig(label=label, prompts=(f"a {label} tile",)) for label in ("red", "green", "blue"))
 

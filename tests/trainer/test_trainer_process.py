@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune_model.exported import load_exported, read_manifest
-
 from tests.trainer.conftest import MakeJob
 from tests.trainer.daemon import LinkServer
 from tests.trainer.jobs import TIMEOUT_S, TrainerJob

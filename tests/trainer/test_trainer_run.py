@@ -11,6 +11,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import nn
+
 from cliptune.errors import (
     CliptuneError,
     DataError,
@@ -29,9 +32,6 @@ from cliptune_trainer.hold import Ending
 from cliptune_trainer.journal import Journal
 from cliptune_trainer.preflight import prepare
 from cliptune_trainer.run import run
-from PIL import Image
-from torch import nn
-
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 

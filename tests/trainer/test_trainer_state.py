@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from cliptune.errors import DiskFullError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import LOSSES
@@ -16,7 +18,6 @@ from cliptune_trainer.optim import (
 )
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.step import Step
-from torch import nn
 
 
 def batch(clip: Clip, rows: int = 6) -> Batch:

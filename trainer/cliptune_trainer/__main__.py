@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from opentelemetry import context
+
 from cliptune.errors import CliptuneError, InternalError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.telemetry import configure_logging, configure_tracing
 from cliptune.tracing import extract_environment, tracer
-from opentelemetry import context
-
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import JournalHandler, Reporter
 from cliptune_trainer.job import JobFolder

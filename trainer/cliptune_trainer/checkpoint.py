@@ -25,13 +25,13 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from cliptune.errors import CliptuneError
-from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cliptune.errors import CliptuneError
+from cliptune_model.clip import Clip
+from cliptune_model.exported import Manifest, export_model
 from cliptune_trainer.files import sync_folder, write_atomically
 
 FORMAT: Final = 1

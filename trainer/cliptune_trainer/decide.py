@@ -11,7 +11,6 @@ from typing import Final
 
 from cliptune_model.clip import Clip
 from cliptune_model.device import Choice, choose_device, choose_precision, choose_threads
-
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
 

@@ -17,12 +17,12 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from cliptune.errors import CliptuneError
 from cliptune_model.clip import Clip
 from cliptune_model.similarity import normalise
 from cliptune_model.zero_shot import class_embeddings
-from torch import Tensor, nn
-
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
 from cliptune_trainer.metrics import (

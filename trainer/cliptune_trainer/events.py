@@ -12,7 +12,6 @@ from typing import Final
 from cliptune.errors import CliptuneError, to_detail
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
-
 from cliptune_trainer.journal import Journal
 
 _log: Final = logging.getLogger("cliptune_trainer")

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 from cliptune_model.clip import Clip
 from cliptune_model.exported import Manifest, export_model
-
 from cliptune_trainer.job import JobFolder
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from cliptune.errors import CliptuneError, DiskFullError, JobStateError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
-
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.files import is_disk_full

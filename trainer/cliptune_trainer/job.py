@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from google.protobuf import json_format
+
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
-from google.protobuf import json_format
 
 if TYPE_CHECKING:
     from cliptune_trainer.spec import Spec

@@ -15,10 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from cliptune.internal.v1 import trainer_pb2
-from cliptune.v1 import job_pb2
 from google.protobuf import json_format
 
+from cliptune.internal.v1 import trainer_pb2
+from cliptune.v1 import job_pb2
 from cliptune_trainer.files import is_disk_full
 
 Listener = Callable[[trainer_pb2.TrainerEvent], None]

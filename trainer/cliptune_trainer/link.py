@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Final
 
 import grpc
-from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 
+from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.journal import Journal
 

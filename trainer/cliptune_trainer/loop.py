@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import Final
 
 import torch
+
 from cliptune.errors import (
     CancelledError,
     CliptuneError,
@@ -25,7 +26,6 @@ from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.device import device_memory_bytes
-
 from cliptune_trainer.checkpoint import TrainingState, random_state, restore_random_state, save_checkpoint
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.data.dataset import Dataset

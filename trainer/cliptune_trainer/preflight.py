@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from torch import Tensor
+
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
-from torch import Tensor
-
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.loader import Batch, Loader

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
 from cliptune.errors import InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.data.dataset import load_findings, read_dataset

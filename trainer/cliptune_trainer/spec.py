@@ -15,7 +15,6 @@ from typing import Final
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
 from cliptune_model.source import ModelSource
-
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.schedule import SHAPES
 

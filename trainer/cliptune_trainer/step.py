@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Final, cast
 
 import torch
-from cliptune.errors import OverloadedError
-from cliptune_model.clip import Clip
 from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import AdamW
 
+from cliptune.errors import OverloadedError
+from cliptune_model.clip import Clip
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import Identities, Loss
 from cliptune_trainer.optim import clamp_logit_scale

@@ -24,11 +24,11 @@ from typing import Final
 
 import grpc
 import torch
+
 from cliptune.errors import CliptuneError
 from cliptune.internal.v1 import engine_pb2_grpc
 from cliptune.telemetry import LEVELS, configure_logging, configure_tracing
 from cliptune_model.device import choose_device, choose_threads
-
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
 from cliptune_server.engine.decode import Decoder

@@ -27,6 +27,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
 from cliptune.errors import (
     CliptuneError,
     DeadlineExceededError,
@@ -35,7 +36,6 @@ from cliptune.errors import (
     OverloadedError,
     UnavailableError,
 )
-
 from cliptune_server.engine.cost import Cost
 from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.spans import Caller, trace_batch

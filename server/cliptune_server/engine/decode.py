@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from torch import Tensor
+
 from cliptune.errors import CliptuneError, ImageDecodeError, TextError
 from cliptune.tensors import unpack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.pixels import decode_image, image_from_pixels
 from cliptune_model.tokens import check_text
-from torch import Tensor
-
 from cliptune_server.engine.progress import Progress
 
 # The largest image that is taken (100 megapixels) decodes in 3 s on one free core.

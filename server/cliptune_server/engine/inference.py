@@ -15,12 +15,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from opentelemetry import trace
+
 from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError
 from cliptune.tensors import pack
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 from cliptune_model.similarity import Cosine
-from opentelemetry import trace
-
 from cliptune_server.engine.admission import Admission
 from cliptune_server.engine.batcher import Batcher
 from cliptune_server.engine.decode import Decoder

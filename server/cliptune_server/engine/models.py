@@ -19,13 +19,13 @@ from typing import Final
 
 import numpy as np
 import torch
+
 from cliptune.errors import CliptuneError, InternalError, ModelStateError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.exported import load_exported
-
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.spans import Caller

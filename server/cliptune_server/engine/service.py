@@ -12,14 +12,14 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast
 
 import grpc
+from opentelemetry import trace
+
 from cliptune import tracing
 from cliptune.errors import CliptuneError, InternalError, wire_status
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.v1 import inference_pb2
 from cliptune.wire import DETAILS_KEY, status_details, status_message
 from cliptune_model.device import device_memory_bytes
-from opentelemetry import trace
-
 from cliptune_server.engine.batcher import Batcher
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet

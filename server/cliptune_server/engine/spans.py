@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cliptune.tracing import tracer
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
 from opentelemetry.util.types import Attributes
+
+from cliptune.tracing import tracer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,10 +15,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from cliptune.errors import OverloadedError
 from cliptune_model.clip import Clip
 from cliptune_model.similarity import normalise
-from torch import Tensor
 
 
 class Towers:

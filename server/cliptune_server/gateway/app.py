@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib.metadata
 
-from cliptune.errors import CliptuneError
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
+from cliptune.errors import CliptuneError
 from cliptune_server.gateway import health, inference, jobs, models
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.gateway.middleware import BodyLimit, Surroundings

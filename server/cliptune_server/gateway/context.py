@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
-from cliptune.errors import InvalidInputError
 from starlette.requests import Request
 
+from cliptune.errors import InvalidInputError
 from cliptune_server.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from cliptune.errors import (
     to_detail,
 )
 from cliptune.v1 import error_pb2, inference_pb2, tensor_pb2
-
 from cliptune_server.gateway import forms
 from cliptune_server.gateway.messages import json_form
 

@@ -14,12 +14,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
-from cliptune.errors import CliptuneError, InvalidInputError
-from cliptune.v1 import job_pb2
-from cliptune.wire import problem
 from starlette.responses import StreamingResponse
 from starlette.types import Send
 
+from cliptune.errors import CliptuneError, InvalidInputError
+from cliptune.v1 import job_pb2
+from cliptune.wire import problem
 from cliptune_server.gateway.messages import json_form
 from cliptune_server.gateway.problems import unexpected
 

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
 from cliptune.errors import InvalidInputError, TensorError
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
-
 from cliptune_server.gateway.messages import ItemErrorJson
 
 Encoding = Literal["float", "base64"]

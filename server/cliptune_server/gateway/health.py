@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from cliptune.errors import CliptuneError, UnavailableError
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cliptune.errors import CliptuneError, UnavailableError
 from cliptune_server.gateway.context import GatewayContext, context_of
 from cliptune_server.gateway.problems import problem_response, problems
 from cliptune_server.metrics import CONTENT_TYPE, EngineReading, JobReading

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from cliptune.errors import InvalidInputError
-from cliptune.tensors import unpack
-from cliptune.v1 import inference_pb2, tensor_pb2
 from fastapi import APIRouter, File, Form, UploadFile
 from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import UploadFile as UploadedFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cliptune.errors import InvalidInputError
+from cliptune.tensors import unpack
+from cliptune.v1 import inference_pb2, tensor_pb2
 from cliptune_server.gateway import forms
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.embedding import Inputs, embed

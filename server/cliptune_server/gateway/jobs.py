@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from cliptune.errors import InvalidInputError
-from cliptune.spec import spec_from_mapping
-from cliptune.v1 import job_pb2, training_pb2
 from fastapi import APIRouter, Header, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cliptune.errors import InvalidInputError
+from cliptune.spec import spec_from_mapping
+from cliptune.v1 import job_pb2, training_pb2
 from cliptune_server.gateway import events
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form

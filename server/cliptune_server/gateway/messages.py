@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Final
 
-from cliptune.v1 import error_pb2, job_pb2, model_pb2, spec_pb2, training_pb2
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import WithJsonSchema
+
+from cliptune.v1 import error_pb2, job_pb2, model_pb2, spec_pb2, training_pb2
 
 # Marks a place in a schema where the schema of a message belongs; `openapi.py` puts it there.
 MESSAGE_KEY: Final = "x-message"

@@ -10,12 +10,12 @@ import asyncio
 import math
 import time
 
-from cliptune import tracing
-from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError, RequestTooLargeError
 from opentelemetry import trace
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cliptune import tracing
+from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError, RequestTooLargeError
 from cliptune_server.gateway.problems import problem_response, unexpected
 from cliptune_server.metrics import Metrics
 

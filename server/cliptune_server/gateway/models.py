@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from cliptune.v1 import model_pb2
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from cliptune.v1 import model_pb2
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import json_form
 from cliptune_server.gateway.problems import problems

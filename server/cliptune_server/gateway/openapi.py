@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from cliptune.wire import PROBLEM_MEDIA_TYPE
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from cliptune.wire import PROBLEM_MEDIA_TYPE
 from cliptune_server.gateway.forms import ClassifyBody
 from cliptune_server.gateway.messages import MESSAGE_KEY, schemas
 from cliptune_server.gateway.middleware import TIMEOUT_HEADER

@@ -12,6 +12,12 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
 from cliptune.errors import (
     CliptuneError,
     DiskFullError,
@@ -21,11 +27,6 @@ from cliptune.errors import (
     TextError,
 )
 from cliptune.wire import PROBLEM_MEDIA_TYPE, problem
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field, ValidationError
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
 _MAX_SHOWN: Final = 5
 _DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

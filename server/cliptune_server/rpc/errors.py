@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc
+
 from cliptune.errors import (
     CancelledError,
     CliptuneError,
@@ -24,7 +25,6 @@ from cliptune.errors import (
     wire_status,
 )
 from cliptune.wire import DETAILS_KEY, error_from_rpc, status_details, status_message
-
 from cliptune_server.rpc.interceptor import AroundInterceptor, Context, Method
 
 _log = logging.getLogger(__name__)

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any, Final
 
 import grpc
-from cliptune.errors import NotFoundError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from cliptune.errors import NotFoundError
 from cliptune_server.readiness import Part, Readiness, Report
 
 _Context = grpc.aio.ServicerContext[Any, Any]

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from cliptune.v1 import inference_pb2, inference_pb2_grpc
 
+from cliptune.v1 import inference_pb2, inference_pb2_grpc
 from cliptune_server.router import Router
 
 _Context = grpc.aio.ServicerContext[Any, Any]

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
 from cliptune.v1 import (
     inference_pb2,
     inference_pb2_grpc,
@@ -19,9 +22,6 @@ from cliptune.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
-
 from cliptune_server import listening
 from cliptune_server.config import Limits
 from cliptune_server.readiness import Readiness

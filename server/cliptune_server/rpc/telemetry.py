@@ -12,11 +12,11 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
-from cliptune import tracing
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.trace import SpanKind, StatusCode
 
+from cliptune import tracing
 from cliptune_server.rpc.interceptor import AroundInterceptor, Context, Method
 
 # Codes that are the server's fault: the others say something about the request.

@@ -7,8 +7,8 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
-from cliptune.v1 import training_pb2, training_pb2_grpc
 
+from cliptune.v1 import training_pb2, training_pb2_grpc
 from cliptune_server.jobs import Jobs
 from cliptune_server.rpc.training_session import TrainingSession
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 import pytest
-from cliptune.errors import NotFoundError, UnavailableError
-from cliptune.v1 import inference_pb2, inference_pb2_grpc, tensor_pb2, training_pb2, training_pb2_grpc
-from cliptune.wire import error_from_rpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cliptune.errors import NotFoundError, UnavailableError
+from cliptune.v1 import inference_pb2, inference_pb2_grpc, tensor_pb2, training_pb2, training_pb2_grpc
+from cliptune.wire import error_from_rpc
 from tests.support import images
 from tests.support.daemon import RunningDaemon, running_daemon, serve_command
 from tests.support.models import publish_test_model

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import ModelNotFoundError
 from cliptune.v1 import model_pb2
 from cliptune.v1.spec_pb2 import PublishSpec
@@ -15,7 +16,6 @@ from cliptune_server.engines import EngineSupervisor
 from cliptune_server.model_files import ModelFiles
 from cliptune_server.models import Models
 from cliptune_server.registry import Registry
-
 from tests.support.models import export_test_model
 
 

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune_server.database import Database
 from cliptune_server.model_files import MANIFEST, ModelFiles, PublishedModel, check_name

@@ -10,11 +10,11 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+
 from cliptune.errors import InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from cliptune.wire import error_from_rpc
-
 from tests.support import images
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.models import publish_test_model

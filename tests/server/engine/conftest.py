@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model
 from cliptune_model.source import ModelSource

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from cliptune_server.engine.__main__ import main
 
 FAULTS = Path(sys.argv.pop(1))

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 import numpy as np
 import pytest
 import torch
+from opentelemetry.context import Context
+
 from cliptune.errors import (
     DeadlineExceededError,
     InternalError,
@@ -17,7 +19,6 @@ from cliptune.errors import (
 from cliptune_server.engine.batcher import Batcher, BatcherConfig, Lane, Vector
 from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.spans import Caller
-from opentelemetry.context import Context
 
 ANYONE = Caller(context=Context())
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from cliptune.errors import InvalidInputError, OverloadedError, RequestTooLargeError
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.cost import Cost

@@ -14,6 +14,8 @@ import open_clip
 import pytest
 import pytest_asyncio
 import torch
+from opentelemetry import trace
+
 from cliptune.errors import (
     CliptuneError,
     DeadlineExceededError,
@@ -33,8 +35,6 @@ from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 from cliptune_model.exported import Manifest, export_model, load_exported
 from cliptune_server.engine_process import EngineConfig, EngineProcess
-from opentelemetry import trace
-
 from tests.server.engine.collector import Collector, collecting
 from tests.support import images
 

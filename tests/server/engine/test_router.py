@@ -10,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 import pytest_asyncio
+
 from cliptune.errors import (
     DeadlineExceededError,
     ModelNotFoundError,
@@ -23,7 +24,6 @@ from cliptune_server.engine_process import EngineConfig
 from cliptune_server.engines import EngineSupervisor
 from cliptune_server.router import Router
 from cliptune_server.rpc.inference import InferenceServicer
-
 from tests.server.engine.catalog import MemoryCatalog, supervising
 from tests.support import images
 

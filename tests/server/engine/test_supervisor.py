@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+
 from cliptune.errors import UnavailableError
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, tensor_pb2
 from cliptune_server.engine_process import EngineConfig
 from cliptune_server.engines import EngineState, EngineSupervisor
-
 from tests.server.engine.catalog import Told, supervising
 from tests.support import images
 

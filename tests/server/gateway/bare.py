@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import httpx
+from fastapi import FastAPI
+
 from cliptune_server.gateway.app import build_app
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.metrics import Metrics
 from cliptune_server.readiness import Readiness
-from fastapi import FastAPI
 
 MAX_BODY_BYTES = 10_000
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
+
 from cliptune.errors import InvalidInputError, UnavailableError
 from cliptune.v1 import job_pb2
 from cliptune_server.gateway.events import after_number, frames

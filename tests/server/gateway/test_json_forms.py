@@ -7,12 +7,13 @@ import json
 
 import numpy as np
 import pytest
+from google.protobuf import json_format
+
 from cliptune.errors import InvalidInputError
 from cliptune.tensors import pack
 from cliptune.v1 import inference_pb2, job_pb2, model_pb2, spec_pb2, training_pb2
 from cliptune_server.gateway import forms
 from cliptune_server.gateway.messages import MESSAGES, json_form, schemas
-from google.protobuf import json_format
 
 
 def strict_json(value: object) -> str:

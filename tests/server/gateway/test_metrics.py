@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import httpx
-from cliptune.internal.v1 import engine_pb2
-from cliptune_server.metrics import JOB_STATES, EngineReading, JobReading, Metrics
 from prometheus_client.parser import text_string_to_metric_families
 
+from cliptune.internal.v1 import engine_pb2
+from cliptune_server.metrics import JOB_STATES, EngineReading, JobReading, Metrics
 from tests.server.gateway.bare import bare_context, client_of
 
 LIST = Path(__file__).resolve().parents[3] / "docs" / "metrics.md"

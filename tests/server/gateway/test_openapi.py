@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from cliptune.v1 import job_pb2, spec_pb2
-
 from tests.server.gateway.bare import bare_app, client_of
 
 PAGE: dict[str, Any] = bare_app().openapi()

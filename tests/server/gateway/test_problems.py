@@ -8,10 +8,10 @@ import logging
 from typing import Any
 
 import pytest
-from cliptune.errors import CliptuneError, all_errors, wire_status
-from cliptune.wire import PROBLEM_MEDIA_TYPE, error_from_problem
 from fastapi import FastAPI
 
+from cliptune.errors import CliptuneError, all_errors, wire_status
+from cliptune.wire import PROBLEM_MEDIA_TYPE, error_from_problem
 from tests.server.gateway.bare import MAX_BODY_BYTES, bare_app, client_of
 
 JSON = {"content-type": "application/json"}

@@ -17,12 +17,12 @@ import grpc
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
+
 from cliptune.errors import all_errors, wire_status
 from cliptune.tensors import pack, unpack
 from cliptune.v1 import inference_pb2, inference_pb2_grpc, spec_pb2, tensor_pb2
 from cliptune.wire import error_from_rpc
-from PIL import Image
-
 from tests.support import images
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.models import publish_test_model

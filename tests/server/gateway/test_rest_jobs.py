@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import httpx
 import pytest
-from cliptune.v1 import job_pb2, training_pb2, training_pb2_grpc
 from google.protobuf import json_format
 
+from cliptune.v1 import job_pb2, training_pb2, training_pb2_grpc
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.datasets import write_shapes
 

@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import grpc
+
 from cliptune.v1 import training_pb2_grpc
 from cliptune_server.rpc.errors import ErrorInterceptor
 from cliptune_server.rpc.training import TrainingServicer
-
 from tests.server.jobs.house import open_jobs
 
 

@@ -14,12 +14,13 @@ import signal
 import sys
 from pathlib import Path
 
+from google.protobuf import json_format
+
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2, spec_pb2
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.journal import Journal
 from cliptune_trainer.link import Link
-from google.protobuf import json_format
 
 STEP_S = 0.005
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import UnavailableError
 from cliptune.v1 import job_pb2
 from cliptune_server.event_log import CorruptLogError, EventLog, replay

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import HomeLockedError, InvalidInputError
 from cliptune_server.database import Database, JobRow
 from cliptune_server.home import Home

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import (
     DataError,
     InvalidInputError,
@@ -28,7 +29,6 @@ from cliptune.v1.job_pb2 import (
 )
 from cliptune_server.job_folder import JobFolder
 from cliptune_server.jobs import Jobs
-
 from tests.server.jobs.house import (
     FolderPublisher,
     assert_gapless,

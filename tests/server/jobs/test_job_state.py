@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from cliptune.errors import InternalError, InvalidInputError, JobStateError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2, spec_pb2

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from cliptune.errors import DiskFullError, MissingColumnError
 from cliptune.v1 import job_pb2, spec_pb2
 from cliptune_server.database import Database
@@ -18,7 +19,6 @@ from cliptune_server.job_folder import JobFolder
 from cliptune_server.model_files import ModelFiles
 from cliptune_server.models import Models
 from cliptune_server.registry import Registry
-
 from tests.server.jobs.house import assert_gapless, collect, create, in_state, open_jobs, states
 from tests.support.datasets import Shapes, write_shapes
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from cliptune.internal.v1 import trainer_pb2, trainer_pb2_grpc
 from cliptune_server.job_folder import JobFolder
-
 from tests.server.jobs.house import LIMIT_S, at_step, collect, create, open_jobs, peer_spec
 
 WRONG = "0" * 64

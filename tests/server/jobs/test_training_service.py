@@ -14,12 +14,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+
 from cliptune.errors import JobNotFoundError, JobStateError, SpecError, UnavailableError
 from cliptune.v1 import job_pb2, spec_pb2, training_pb2, training_pb2_grpc
 from cliptune.v1.job_pb2 import JOB_STATE_RUNNING, JOB_STATE_SUCCEEDED
 from cliptune.wire import error_from_rpc
 from cliptune_server.job_folder import JobFolder
-
 from tests.server.jobs.house import LIMIT_S, assert_gapless, at_step, peer_spec, states
 
 LONG = 100_000

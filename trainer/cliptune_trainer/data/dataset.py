@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+
 from cliptune.errors import CliptuneError, DataError
 from cliptune_model.pixels import decode_image
-
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_column, split_by_group
 from cliptune_trainer.data.table import BadRow, Pair, Table, read_table

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
-from cliptune_model.pixels import decode_image
 from PIL import Image
 from torch import Tensor
 
+from cliptune_model.pixels import decode_image
 from cliptune_trainer.data.augment import augment
 
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]  # [3, H, W]

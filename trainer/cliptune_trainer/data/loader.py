@@ -7,8 +7,6 @@ to begin with.
 B: pairs in a batch, L: context length, H, W: image height and width.
 """
 
-# ruff: noqa: N815 - attributes carry shapes too
-
 from __future__ import annotations
 
 from collections import deque
@@ -20,9 +18,9 @@ from typing import Final, Self
 
 import numpy as np
 import torch
-from cliptune.errors import CliptuneError, DataError
 from torch import Tensor
 
+from cliptune.errors import CliptuneError, DataError
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, process_pool, thread_pool, work
 from cliptune_trainer.data.table import Pair

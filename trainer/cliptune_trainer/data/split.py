@@ -11,7 +11,6 @@ import hashlib
 from collections.abc import Sequence
 
 from cliptune.errors import DataError
-
 from cliptune_trainer.data.table import Pair
 
 

@@ -17,7 +17,6 @@ from typing import Final
 
 from cliptune.errors import CliptuneError, DataError, MissingColumnError
 from cliptune_model.tokens import check_text
-
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.spec import DataConfig
 

@@ -1,7 +1,5 @@
 """Which rows of a batch show the same image or carry the same caption."""
 
-# ruff: noqa: N815 - attributes carry shapes too
-
 from __future__ import annotations
 
 from dataclasses import dataclass
