@@ -1,7 +1,7 @@
 """The demo from end to end: a daemon, a fine-tuning job watched live, and its model served over both faces.
 
-Called by `cliptune demo`. Everything happens through the public doors: `cliptune serve` in a process of its own, the
-SDK for gRPC, plain HTTP for REST. What is said to the person goes to stderr; the result is returned.
+Called by `cliptune demo`. Everything happens through the public doors: `cliptune serve` in a process of its
+own, the SDK for gRPC, plain HTTP for REST. What is said to the person goes to stderr; the result is returned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class DemoConfig:
 
     home: Path
     device: str = "auto"
-    epochs: int = 8
+    epochs: int = 6
     batch_size: int = 64
 
     def with_epochs(self, epochs: int) -> DemoConfig:
@@ -112,7 +112,12 @@ def job_spec(config: DemoConfig, table: Path, images: Path) -> dict[str, Any]:
             "group_column": "block",
             "augmentation": "flip",
         },
-        "train": {"epochs": config.epochs, "batch_size": config.batch_size, "learning_rate": 1e-3},
+        "train": {
+            "epochs": config.epochs,
+            "batch_size": config.batch_size,
+            "learning_rate": 1e-3,
+            "progress_every_steps": 9,
+        },
         "loss": {"name": "multi_positive"},
         "evaluation": {
             "classes": [{"label": k, "prompts": v} for k, v in elpv.class_prompts().items()],
@@ -168,14 +173,14 @@ def _evaluations(events: Iterator[JobEvent]) -> dict[str, dict[str, float]]:
 
 
 def _one_of_each_kind(cells: list[elpv.Cell]) -> list[elpv.Cell]:
-    """Three cells of the test split with three different labels: never seen in training, nor chosen by result."""
+    """Three cells of the test split with three labels: never trained on, nor chosen by result."""
     first = {cell.label: cell for cell in reversed(cells) if cell.split == "test"}
     return [first[label] for label in sorted(first)[:SERVED_CELLS]]
 
 
 def _classify_grpc(client: Client, model: str, path: Path) -> dict[str, Any]:
     answer = client.classify([path], elpv.class_prompts(), model=model)[0]
-    return {"label": answer.label, "probabilities": dict(answer.probabilities)}
+    return _answer({label: answer.probabilities[label] for label in elpv.class_prompts()})
 
 
 def _classify_rest(addresses: Addresses, model: str, path: Path) -> dict[str, Any]:
@@ -191,11 +196,12 @@ def _classify_rest(addresses: Addresses, model: str, path: Path) -> dict[str, An
     )
     with urllib.request.urlopen(request, timeout=REST_LIMIT_S) as response:
         answer = json.load(response)
-    probabilities = dict(zip(answer["labels"], answer["probabilities"][0], strict=True))
-    return {
-        "label": max(probabilities, key=lambda label: probabilities[label]),
-        "probabilities": probabilities,
-    }
+    return _answer(dict(zip(answer["labels"], answer["probabilities"][0], strict=True)))
+
+
+def _answer(probabilities: dict[str, float]) -> dict[str, Any]:
+    """One image's answer in a form that both faces share."""
+    return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
 
 
 def _say(line: str) -> None:
