@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 from cliptune.errors import InvalidInputError
@@ -21,7 +22,7 @@ from cliptune.job import (
     job_from_message,
 )
 from cliptune.model import Model, model_from_message
-from cliptune.spec import load_spec, spec_from_mapping, validate_shape
+from cliptune.spec import load_spec, spec_from_mapping, validate_shape, with_paths_from
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2, training_pb2
 
 Result = TypeVar("Result")
@@ -246,7 +247,7 @@ def _job_spec(spec: SpecInput) -> spec_pb2.JobSpec:
         validate_shape(spec)
         return spec
     if isinstance(spec, Mapping):
-        return spec_from_mapping(spec)
+        return with_paths_from(Path.cwd(), spec_from_mapping(spec))
     return load_spec(spec)
 
 

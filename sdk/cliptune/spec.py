@@ -30,6 +30,7 @@ __all__ = [
     "spec_from_mapping",
     "spec_to_mapping",
     "validate_shape",
+    "with_paths_from",
     "with_settings",
 ]
 
@@ -43,19 +44,27 @@ _INTEGERS: Final = {
 def load_spec(path: str | os.PathLike[str], settings: Iterable[str] = ()) -> spec_pb2.JobSpec:
     """The spec in a `.toml`, `.json`, `.yaml` or `.yml` file, its shape checked.
 
-    `settings` are changes such as "train.epochs=2", applied in order. Relative paths in it that exist beside
-    the file become absolute, since the daemon works in another folder; other relative paths are left for the
-    daemon's own data folders. `InvalidInputError` for a file that cannot be read.
+    `settings` are changes such as "train.epochs=2", applied in order. Relative paths start from the file's
+    folder (`with_paths_from`). `InvalidInputError` for a file that cannot be read.
     """
     file = Path(path)
     spec = spec_from_mapping(with_settings(read_mapping(file), settings))
-    folder = file.absolute().parent
+    return with_paths_from(file.absolute().parent, spec)
+
+
+def with_paths_from(folder: Path, spec: spec_pb2.JobSpec) -> spec_pb2.JobSpec:
+    """A copy whose relative paths that exist in `folder` are absolute: the daemon works in another folder.
+
+    Other relative paths are left for the daemon's own data folder.
+    """
+    placed = spec_pb2.JobSpec()
+    placed.CopyFrom(spec)
     for field in ("train", "validation", "image_root"):
-        setattr(spec.data, field, _beside(folder, getattr(spec.data, field)))
+        setattr(placed.data, field, _beside(folder, getattr(spec.data, field)))
     scheme, colon, model_path = spec.model.name.partition(":")
     if colon and scheme == "local-dir":
-        spec.model.name = f"local-dir:{_beside(folder, model_path)}"
-    return spec
+        placed.model.name = f"local-dir:{_beside(folder, model_path)}"
+    return placed
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from cliptune import tracing
 from cliptune.errors import CliptuneError, InvalidInputError, RequestTooLargeError, UnavailableError
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.wire import DETAILS_KEY, error_from_rpc
+from cliptune_server.compute_environment import compute_environment
 
 _KILL_LIMIT_S: Final = 3.0
 
@@ -111,6 +113,7 @@ class EngineProcess:
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
+            env=compute_environment(os.environ),
             start_new_session=True,  # Ctrl-C in a terminal is for the daemon, which stops its engine in order
         )
         try:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from cliptune.errors import ConflictError
+from cliptune_server.compute_environment import compute_environment
 from cliptune_server.job_folder import JobFolder, LaunchNote
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def _arguments(order: LaunchOrder, lock_fd: int) -> list[str]:
 
 def _environment(order: LaunchOrder) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("TRACEPARENT", "TRACESTATE")}
-    return {**kept, **order.trace, "CLIPTUNE_LINK_SECRET": order.secret}
+    return {**compute_environment(kept), **order.trace, "CLIPTUNE_LINK_SECRET": order.secret}
 
 
 def _write_note(lock_fd: int, note: LaunchNote) -> None:
