@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-# libgomp's idle threads spin by default, about 5 ms, before they sleep. Where a trainer and an engine share the
-# cores, the spinning of the one takes the other's: with a busy neighbour, two-thread training of a small ViT was
-# nearly twice as fast with short spinning, and no slower on free cores.
+# libgomp's idle threads spin by default, about 5 ms, before they sleep. Where a trainer and an engine share
+# the cores, the spinning of the one takes the other's: with a busy neighbour, two-thread training of a small
+# ViT was nearly twice as fast with short spinning, and no slower on free cores.
 SPIN_COUNT: Final = "3000"
 
 
