@@ -13,9 +13,7 @@ whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cliptune.durable import is_disk_full, sync
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
@@ -38,8 +37,6 @@ from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
 FORMAT_VERSION: Final = 1
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 MANIFEST_FILE: Final = "cliptune.json"
-
-_DISK_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def _now() -> str:
@@ -183,7 +180,7 @@ def _write(clip: Clip, folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     folder.chmod(0o755)  # mkdtemp's is private; the daemon may run as another user
     for path in (*folder.rglob("*"), folder):
-        _sync(path)
+        sync(path)
 
 
 def _separate_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -205,28 +202,16 @@ def _into_place(partial: Path, directory: Path) -> None:
         aside = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
         directory.replace(aside)
     partial.replace(directory)
-    _sync(directory.parent)
+    sync(directory.parent)
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
 def _disk_full_told(directory: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise DiskFullError(f"no space left for the model at {str(directory)!r}: {error}") from error
-        raise
-    except SafetensorError as error:  # its writer hides the system's error in the text
-        if any(f"os error {code}" in str(error) for code in _DISK_FULL):
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
             raise DiskFullError(f"no space left for the model at {str(directory)!r}: {error}") from error
         raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
@@ -16,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CliptuneError,
     ConflictError,
@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-_FULL_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a command comes true as.
 _FULFILS: Final = {JOB_STATE_CANCELLED: "cancel", JOB_STATE_PAUSED: "pause"}
 
@@ -356,7 +355,7 @@ def _unsettled(job: LiveJob, note: LaunchNote) -> bool:
 
 
 def _not_started(error: OSError) -> Ending:
-    full = error.errno in _FULL_DISK
+    full = is_disk_full(error)
     kind = DiskFullError if full else InternalError
     detail = to_detail(kind(f"the trainer could not be started: {error}"))
     finished = trainer_pb2.Finished(outcome=trainer_pb2.OUTCOME_FAILED, error=detail)

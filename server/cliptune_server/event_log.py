@@ -12,7 +12,6 @@ the log it is served from the newest events in memory, behind that it reads the 
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import Any, Final
 
 from google.protobuf import json_format
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import UnavailableError
 from cliptune.v1 import job_pb2
 from cliptune_server.job import Entry, is_final
@@ -145,7 +145,7 @@ class EventLog:
                 os.fsync(file.fileno())
                 self._saved_bytes = file.tell()
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if not is_disk_full(error):
                 raise
             log.warning("%s: %d events wait for room on the disk", self._path, len(self._unsaved))
             return

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+from cliptune.durable import write_atomically
 from cliptune.errors import HomeLockedError, InvalidInputError
 
 # A socket address holds 104 bytes on macOS and 108 on Linux, the closing zero among them.
@@ -164,28 +165,8 @@ class Home:
 
 
 def write_json(path: Path, content: Mapping[str, Any], *, mode: int = 0o600) -> None:
-    """Writes a small JSON file so that a reader, or a crash, finds the old one or the new one, never half."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Writes a small JSON file; a reader, or a crash, finds the old one or the new one, never half."""
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1).encode(), mode=mode)
 
 
 def _read_owner(lock_fd: int) -> Owner | None:

@@ -28,8 +28,9 @@ from typing import Final
 
 from google.protobuf import json_format
 
+from cliptune.durable import sync
 from cliptune.v1 import spec_pb2
-from cliptune_server.home import sync_folder, write_json
+from cliptune_server.home import write_json
 
 _LOG_END_BYTES: Final = 4_000
 _LOG_END_LINES: Final = 20
@@ -116,7 +117,7 @@ class JobFolder:
         except OSError:
             shutil.rmtree(hidden, ignore_errors=True)
             raise
-        sync_folder(jobs_dir)
+        sync(jobs_dir)
         return cls(jobs_dir / header.id)
 
     def load(self) -> tuple[JobHeader, spec_pb2.JobSpec]:

@@ -8,7 +8,6 @@ dispatcher (trainers and queue), the index (lists), and one `LiveJob` for each j
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CancelledError,
     DiskFullError,
@@ -283,7 +283,7 @@ class Jobs:
                 self._threads, JobFolder.create, self._home.jobs_dir, header, spec
             )
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if is_disk_full(error):
                 raise DiskFullError(f"no room for a new job in {self._home.jobs_dir}") from error
             raise
         job = await LiveJob.open(folder, header, spec, self._threads, self)

@@ -22,8 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from cliptune.durable import sync
 from cliptune.errors import InternalError, InvalidInputError, ModelNotFoundError
-from cliptune_server.home import sync_folder, write_json
+from cliptune_server.home import write_json
 
 MANIFEST: Final = "cliptune.json"
 _ALIASES: Final = "aliases.json"
@@ -154,7 +155,7 @@ class ModelFiles:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        sync_folder(final.parent)
+        sync(final.parent)
         shutil.rmtree(export_dir, ignore_errors=True)
         return self.read(name, version)
 
@@ -167,7 +168,7 @@ class ModelFiles:
             write_json(self.root / name / _LAST, {"version": version})
         away = self._staging()
         path.rename(away)
-        sync_folder(path.parent)
+        sync(path.parent)
         shutil.rmtree(away)
 
     def aliases(self, name: str) -> dict[str, int]:

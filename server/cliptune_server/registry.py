@@ -8,7 +8,6 @@ is rebuilt from the files. Called by `models.py`, from the event loop; what bloc
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -20,13 +19,12 @@ from typing import Any
 import sqlalchemy
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune_server.database import Base, Database
 from cliptune_server.model_files import ModelFiles, PublishedModel, check_name
 
 log = logging.getLogger(__name__)
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ModelRow(Base):
@@ -196,7 +194,7 @@ class Registry:
             try:
                 yield
             except OSError as error:
-                if error.errno in _DISK_FULL:
+                if is_disk_full(error):
                     raise DiskFullError(f"no space left for models: {error}") from error
                 raise
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from cliptune.durable import is_disk_full, write_atomically
 from cliptune.errors import DiskFullError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
@@ -28,7 +29,6 @@ from cliptune_trainer.checkpoint import (
     save_checkpoint,
 )
 from cliptune_trainer.commands import Inbox
-from cliptune_trainer.files import is_disk_full, write_atomically
 from cliptune_trainer.journal import Journal
 from cliptune_trainer.schedule import PeakHistory, Schedule
 

@@ -13,7 +13,6 @@ newest.
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
@@ -29,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cliptune.durable import sync, write_atomically
 from cliptune.errors import CliptuneError
 from cliptune_model.clip import Clip
 from cliptune_model.exported import Manifest, export_model
-from cliptune_trainer.files import sync_folder, write_atomically
 
 FORMAT: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8,})")
@@ -70,12 +69,12 @@ def save_checkpoint(folder: Path, clip: Clip, state: TrainingState, *, keep: int
         partial.mkdir()
         export_model(clip, partial / "model", Manifest.of(clip, job_id=job_id))
         save_file(state.tensors, partial / "training.safetensors")
-        _sync(partial / "training.safetensors")
+        sync(partial / "training.safetensors")
         files = dict(_fingerprints(partial))
         content = {"format": FORMAT, "step": state.step, "counters": state.counters, "files": files}
         write_atomically(partial / "training.json", json.dumps(content).encode())
         partial.rename(target)
-        sync_folder(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -160,11 +159,3 @@ def _fingerprint(path: Path) -> tuple[int, int]:
         while chunk := file.read(_CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
         return file.tell(), checksum
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,12 +10,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import CliptuneError, DiskFullError, JobStateError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.events import Reporter
-from cliptune_trainer.files import is_disk_full
 
 _log = logging.getLogger(__name__)
 

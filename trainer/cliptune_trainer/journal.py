@@ -17,9 +17,9 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
+from cliptune.durable import is_disk_full
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
-from cliptune_trainer.files import is_disk_full
 
 Listener = Callable[[trainer_pb2.TrainerEvent], None]
 

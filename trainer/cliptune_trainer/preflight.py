@@ -16,6 +16,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from cliptune.durable import write_atomically
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
@@ -25,7 +26,6 @@ from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.events import Reporter
-from cliptune_trainer.files import write_atomically
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.optim import build_optimizer

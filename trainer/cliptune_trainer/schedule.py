@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cliptune_trainer.files import write_atomically
+from cliptune.durable import write_atomically
 
 # Each maps progress after warm-up, 0 to 1, to a share of the peak.
 SHAPES: Final[dict[str, Callable[[float], float]]] = {

@@ -6,7 +6,6 @@ app's exception handlers, by the middleware and by event streams. Nothing of a s
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CliptuneError,
     DiskFullError,
@@ -29,7 +29,6 @@ from cliptune.errors import (
 from cliptune.wire import PROBLEM_MEDIA_TYPE, problem
 
 _MAX_SHOWN: Final = 5
-_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _log = logging.getLogger(__name__)
 
 
@@ -82,7 +81,7 @@ def problem_response(
 
 def unexpected(error: BaseException, where: str) -> CliptuneError:
     """What the caller hears of an exception that nobody translated; the log has the rest."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and is_disk_full(error):
         return DiskFullError(f"no space left: {error.strerror}")
     _log.error("unexpected exception in %s", where, exc_info=error)
     return InternalError("the daemon failed unexpectedly; its log says more")

@@ -7,7 +7,6 @@ trailing metadata, never UNKNOWN. What is no error of ours is a bug: INTERNAL, a
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -15,6 +14,7 @@ from typing import Final
 
 import grpc
 
+from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CancelledError,
     CliptuneError,
@@ -29,7 +29,6 @@ from cliptune_server.rpc.interceptor import AroundInterceptor, Context, Method
 
 _log = logging.getLogger(__name__)
 
-_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Ends when the client says so, and nobody depends on it: a stop does not wait.
 _REFLECTION: Final = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -44,7 +43,7 @@ def translate(error: BaseException) -> CliptuneError:
         return DeadlineExceededError(str(error) or "not done in time")
     if isinstance(error, asyncio.CancelledError):
         return CancelledError("the work was given up")
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and is_disk_full(error):
         return DiskFullError(f"no space left: {error}")
     return InternalError(f"a bug of the server, see its log: {type(error).__name__}: {error}")
 
