@@ -2,71 +2,78 @@
 
 This is the light client of a cliptune daemon: `Client` and `AsyncClient`, what they return, and every error
 that they raise. What is not named here is not public.
+
+A name is imported when it is first used (PEP 562): `import cliptune` costs nothing, and the daemon, its
+engine and the trainer, which use single modules of this package, do not pay for a client.
 """
 
-from cliptune.aio import AsyncClient
-from cliptune.client import Client
-from cliptune.codec import cancel, checkpoint, evaluate, pause, resume, set_learning_rate
-from cliptune.errors import (
-    CancelledError,
-    CliptuneError,
-    ConflictError,
-    DataError,
-    DeadlineExceededError,
-    DiskFullError,
-    HomeLockedError,
-    ImageDecodeError,
-    ImageSizeError,
-    InternalError,
-    InvalidInputError,
-    JobNotFoundError,
-    JobStateError,
-    MissingColumnError,
-    ModelNotFoundError,
-    ModelStateError,
-    NotFoundError,
-    OverloadedError,
-    PathOutsideRootsError,
-    RequestTooLargeError,
-    SpecError,
-    TensorError,
-    TextError,
-    UnauthenticatedError,
-    UnavailableError,
-    WeightsUnavailableError,
-)
-from cliptune.job import (
-    CheckpointSaved,
-    CommandDone,
-    CommandReceipt,
-    Decision,
-    Evaluation,
-    Job,
-    JobEvent,
-    JobPlan,
-    JobState,
-    LogLine,
-    ModelPublished,
-    Notice,
-    Progress,
-    StateChange,
-    UnknownBody,
-)
-from cliptune.model import Model
-from cliptune.results import (
-    Classification,
-    Classifications,
-    Embedded,
-    Embeddings,
-    FailedItem,
-    Health,
-    PairScores,
-    Similarity,
-)
-from cliptune.session import Session
-from cliptune.session_aio import AsyncSession
-from cliptune.spec import load_spec, spec_from_mapping, spec_to_mapping, validate_shape
-from cliptune.v1.spec_pb2 import JobSpec
+import importlib
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from cliptune.aio import AsyncClient
+    from cliptune.client import Client
+    from cliptune.codec import cancel, checkpoint, evaluate, pause, resume, set_learning_rate
+    from cliptune.errors import (
+        CancelledError,
+        CliptuneError,
+        ConflictError,
+        DataError,
+        DeadlineExceededError,
+        DiskFullError,
+        HomeLockedError,
+        ImageDecodeError,
+        ImageSizeError,
+        InternalError,
+        InvalidInputError,
+        JobNotFoundError,
+        JobStateError,
+        MissingColumnError,
+        ModelNotFoundError,
+        ModelStateError,
+        NotFoundError,
+        OverloadedError,
+        PathOutsideRootsError,
+        RequestTooLargeError,
+        SpecError,
+        TensorError,
+        TextError,
+        UnauthenticatedError,
+        UnavailableError,
+        WeightsUnavailableError,
+    )
+    from cliptune.job import (
+        CheckpointSaved,
+        CommandDone,
+        CommandReceipt,
+        Decision,
+        Evaluation,
+        Job,
+        JobEvent,
+        JobPlan,
+        JobState,
+        LogLine,
+        ModelPublished,
+        Notice,
+        Progress,
+        StateChange,
+        UnknownBody,
+    )
+    from cliptune.model import Model
+    from cliptune.results import (
+        Classification,
+        Classifications,
+        Embedded,
+        Embeddings,
+        FailedItem,
+        Health,
+        PairScores,
+        Similarity,
+    )
+    from cliptune.session import Session
+    from cliptune.session_aio import AsyncSession
+    from cliptune.spec import load_spec, spec_from_mapping, spec_to_mapping, validate_shape
+    from cliptune.v1.spec_pb2 import JobSpec
 
 __version__ = "0.1.0"
 
@@ -138,3 +145,96 @@ __all__ = [
     "spec_to_mapping",
     "validate_shape",
 ]
+
+# The same as the imports above, for Python; a test holds the two together.
+_NAMES: Final = {
+    "aio": ("AsyncClient",),
+    "client": ("Client",),
+    "codec": (
+        "cancel",
+        "checkpoint",
+        "evaluate",
+        "pause",
+        "resume",
+        "set_learning_rate",
+    ),
+    "errors": (
+        "CancelledError",
+        "CliptuneError",
+        "ConflictError",
+        "DataError",
+        "DeadlineExceededError",
+        "DiskFullError",
+        "HomeLockedError",
+        "ImageDecodeError",
+        "ImageSizeError",
+        "InternalError",
+        "InvalidInputError",
+        "JobNotFoundError",
+        "JobStateError",
+        "MissingColumnError",
+        "ModelNotFoundError",
+        "ModelStateError",
+        "NotFoundError",
+        "OverloadedError",
+        "PathOutsideRootsError",
+        "RequestTooLargeError",
+        "SpecError",
+        "TensorError",
+        "TextError",
+        "UnauthenticatedError",
+        "UnavailableError",
+        "WeightsUnavailableError",
+    ),
+    "job": (
+        "CheckpointSaved",
+        "CommandDone",
+        "CommandReceipt",
+        "Decision",
+        "Evaluation",
+        "Job",
+        "JobEvent",
+        "JobPlan",
+        "JobState",
+        "LogLine",
+        "ModelPublished",
+        "Notice",
+        "Progress",
+        "StateChange",
+        "UnknownBody",
+    ),
+    "model": ("Model",),
+    "results": (
+        "Classification",
+        "Classifications",
+        "Embedded",
+        "Embeddings",
+        "FailedItem",
+        "Health",
+        "PairScores",
+        "Similarity",
+    ),
+    "session": ("Session",),
+    "session_aio": ("AsyncSession",),
+    "spec": (
+        "load_spec",
+        "spec_from_mapping",
+        "spec_to_mapping",
+        "validate_shape",
+    ),
+    "v1.spec_pb2": ("JobSpec",),
+}
+_MODULE_OF: Final = {name: module for module, names in _NAMES.items() for name in names}
+
+# Unseen by type checkers, to which it would say that any name exists.
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)

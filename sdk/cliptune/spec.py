@@ -12,12 +12,10 @@ import importlib
 import json
 import math
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from cliptune.errors import InvalidInputError, SpecError
@@ -113,6 +111,8 @@ def spec_from_mapping(mapping: Mapping[str, Any]) -> spec_pb2.JobSpec:
 
 def spec_to_mapping(spec: spec_pb2.JobSpec) -> dict[str, Any]:
     """Inverse of `spec_from_mapping`: JSON-able, only what was set."""
+    from google.protobuf import json_format  # a client that only infers has no need of it
+
     return json_format.MessageToDict(spec, preserving_proto_field_name=True)
 
 
@@ -123,6 +123,8 @@ def _parse(file: Path, text: str) -> object:
     suffix = file.suffix.lower()
     try:
         if suffix == ".toml":
+            import tomllib  # a client that only infers has no need of it
+
             return tomllib.loads(text)
         if suffix == ".json":
             return json.loads(text)

@@ -1,35 +1,45 @@
-"""The package as its user meets it: quick to import, light, its public names complete, both clients alike."""
+"""The package as its user meets it: light to import, its public names complete, both clients alike."""
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
-import json
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+
+import pytest
 
 import cliptune
 from cliptune import AsyncClient, AsyncSession, Client, Session, errors
 from cliptune.job import EventBody
 
-IMPORT = """
-import json, sys, time
-began = time.perf_counter()
-import cliptune
-seconds = time.perf_counter() - began
-print(json.dumps([seconds, sorted({name.partition(".")[0] for name in sys.modules})]))
-"""
+LOADED = "import sys; print(*sorted(sys.modules))"
+LIBRARIES = {"grpc", "numpy", "google", "opentelemetry", "asyncio"}
+HEAVY = {"torch", "PIL", "rich", "fastapi", "open_clip", "sqlalchemy", "structlog", "uvicorn", "yaml"}
 
 
-def test_the_import_takes_at_most_0_3_s_and_brings_nothing_heavy() -> None:
-    times = []
-    for _ in range(5):  # the best of them: another process may have the core
-        shown = subprocess.run([sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True)
-        seconds, modules = json.loads(shown.stdout)
-        heavy = {"torch", "PIL", "rich", "fastapi", "open_clip", "sqlalchemy", "structlog", "uvicorn", "yaml"}
-        assert not heavy & set(modules)
-        times.append(seconds)
-    assert min(times) <= 0.3, times
+def loaded_by(code: str) -> set[str]:
+    """Names of the modules that a fresh interpreter holds after `code`."""
+    shown = subprocess.run(
+        [sys.executable, "-c", f"{code}; {LOADED}"], check=True, capture_output=True, text=True
+    )
+    return set(shown.stdout.split())
+
+
+def test_the_import_loads_no_library_and_no_module_of_ours() -> None:
+    loaded = loaded_by("import cliptune")
+    assert not (LIBRARIES | HEAVY) & loaded
+    assert {name for name in loaded if name.startswith("cliptune")} == {"cliptune"}
+
+
+@pytest.mark.parametrize("name", ["Client", "AsyncClient"])
+def test_a_client_brings_nothing_heavy_and_not_the_other_client(name: str) -> None:
+    loaded = loaded_by(f"from cliptune import {name}")
+    assert not HEAVY & loaded
+    assert len({"cliptune.client", "cliptune.aio"} & loaded) == 1
 
 
 def test_the_base_install_is_six_packages_with_what_they_need() -> None:
@@ -38,13 +48,30 @@ def test_the_base_install_is_six_packages_with_what_they_need() -> None:
 
 
 def test_all_names_every_public_thing_and_nothing_else() -> None:
-    public = {
-        name
-        for name, value in vars(cliptune).items()
-        if not name.startswith("_") and not inspect.ismodule(value)
-    }
-    assert {*public, "__version__"} == set(cliptune.__all__)
+    assert dir(cliptune) == sorted(cliptune.__all__)
     assert len(cliptune.__all__) == len(set(cliptune.__all__))
+    for name in cliptune.__all__:
+        assert not inspect.ismodule(getattr(cliptune, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'Klient'"):
+        _ = cliptune.Klient  # type: ignore[attr-defined]
+
+
+def test_type_checkers_see_each_name_where_python_finds_it() -> None:
+    tree = ast.parse(Path(cliptune.__file__).read_text(encoding="utf-8"))
+    (guarded,) = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    seen = {
+        name.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert {*seen, "__version__"} == set(cliptune.__all__)
+    for name, module in seen.items():
+        assert module is not None
+        assert getattr(cliptune, name) is getattr(importlib.import_module(module), name), name
+    assert {name: f"cliptune.{module}" for name, module in cliptune._MODULE_OF.items()} == seen
 
 
 def test_every_error_and_every_kind_of_event_is_public() -> None:

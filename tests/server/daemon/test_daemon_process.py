@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -75,24 +76,25 @@ def wait_for_stopping(channel: grpc.Channel, daemon: RunningDaemon, number: int)
     assert [answer.status for answer in answers] == [NOT_SERVING]
 
 
-def test_one_line_says_where_it_listens_within_two_seconds(tmp_path: Path) -> None:
-    # Best of three: the other tests share these cores.
-    fastest_s = float("inf")
-    for attempt in range(3):
-        with running_daemon(tmp_path / f"home{attempt}", wait_ready=False) as daemon:
-            fastest_s = min(fastest_s, daemon.start_s)
-            assert set(daemon.line) == {"cliptune", "grpc", "http", "home", "pid"}
-            assert daemon.line["cliptune"] == "serving"
-            assert (daemon.line["home"], daemon.line["pid"]) == (str(daemon.home), daemon.pid)
-            addresses = {"pid": daemon.pid, "grpc": daemon.grpc, "http": daemon.http}
-            assert json.loads((daemon.home / "daemon.json").read_text()) == addresses
-            assert daemon.stop() == 0
-            assert daemon.process.stdout is not None
-            assert daemon.process.stdout.read() == b""
-            assert not (daemon.home / "daemon.json").exists()
-        if fastest_s < 2:
-            break
-    assert fastest_s < 2
+def test_one_line_says_where_it_listens_without_waiting_for_the_engine(tmp_path: Path) -> None:
+    # No machine has this device, so the engine is never ready; the line comes and both faces answer.
+    with running_daemon(tmp_path / "home", device="cuda:99", wait_ready=False) as daemon:
+        assert set(daemon.line) == {"cliptune", "grpc", "http", "home", "pid"}
+        assert daemon.line["cliptune"] == "serving"
+        assert (daemon.line["home"], daemon.line["pid"]) == (str(daemon.home), daemon.pid)
+        addresses = {"pid": daemon.pid, "grpc": daemon.grpc, "http": daemon.http}
+        assert json.loads((daemon.home / "daemon.json").read_text()) == addresses
+        assert httpx.get(f"{daemon.url}/healthz").status_code == 200
+        not_ready = httpx.get(f"{daemon.url}/readyz")
+        assert not_ready.status_code == 503
+        assert "engine" in not_ready.json()["detail"]
+        with grpc.insecure_channel(daemon.grpc) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert health.Check(health_pb2.HealthCheckRequest(), timeout=30).status == NOT_SERVING
+        assert daemon.stop() == 0
+        assert daemon.process.stdout is not None
+        assert daemon.process.stdout.read() == b""
+        assert not (daemon.home / "daemon.json").exists()
 
 
 def test_the_daemon_process_never_imports_torch(daemon: RunningDaemon) -> None:
