@@ -70,8 +70,10 @@ def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"the spec {file} cannot be read: {error}", file=file) from error
+    except OSError as error:
+        raise InvalidInputError(f"the spec {file} cannot be read: {error.strerror}", file=file) from error
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"the spec {file} is not UTF-8 text: {error}", file=file) from error
     content = _parse(file, text)
     if not isinstance(content, dict):
         raise SpecError(f"the spec {file} is not a table of fields", path="", allowed=_names(_ROOT))
@@ -169,7 +171,7 @@ def _fill(message: Any, mapping: object, path: str) -> None:
         here = f"{path}.{field.name}" if path else field.name
         if value is None:  # JSON's and YAML's way to leave a field out
             continue
-        if field.label == FieldDescriptor.LABEL_REPEATED:
+        if _is_repeated(field):
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise wrong_value(here, value, "a list")
             items = getattr(message, field.name)
@@ -185,6 +187,12 @@ def _fill(message: Any, mapping: object, path: str) -> None:
             _fill(inner, value, here)
         else:
             setattr(message, field.name, _scalar(field, value, here))
+
+
+def _is_repeated(field: FieldDescriptor) -> bool:
+    """From protobuf 6.31 on there is a property for it, and `label` warns."""
+    told: bool | None = getattr(field, "is_repeated", None)
+    return field.label == FieldDescriptor.LABEL_REPEATED if told is None else told
 
 
 def _scalar(field: FieldDescriptor, value: object, path: str) -> object:
