@@ -28,7 +28,7 @@ if _version_not_supported:
 class InferenceServiceStub(object):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
@@ -75,7 +75,7 @@ class InferenceServiceStub(object):
 class InferenceServiceServicer(object):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
@@ -165,7 +165,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 class InferenceService(object):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.

@@ -20,7 +20,7 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class InferenceServiceStub:
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
@@ -64,7 +64,7 @@ class InferenceServiceStub:
 class InferenceServiceAsyncStub:
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
@@ -107,7 +107,7 @@ class InferenceServiceAsyncStub:
 class InferenceServiceServicer(metaclass=abc.ABCMeta):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
-    A model is named "NAME" (its newest version), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+    A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
