@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 import numpy as np
 
-from cliptune.errors import CliptuneError, InvalidInputError, to_detail
+from cliptune.errors import CliptuneError, InternalError, InvalidInputError, to_detail
 from cliptune.tensors import pack, unpack
 from cliptune.v1 import error_pb2, inference_pb2
 from cliptune.v1.inference_pb2 import (
@@ -26,6 +27,8 @@ from cliptune.v1.inference_pb2 import (
     EmbedTextsRequest,
     EmbedTextsResponse,
 )
+
+_log = logging.getLogger(__name__)
 
 # While the engine forwards one group, the next is decoded and a third is on its way.
 _LANES: Final = 3
@@ -101,11 +104,10 @@ class BulkStream:
                     return
                 group = self._take_group()
                 self._busy_lanes += 1
-            try:
-                answers = await self._answer(group)
-            finally:
-                self._busy_lanes -= 1
+            answers = await self._answer(group)
             async with self._changed:
+                # At once: a lane that is free before its answers are there could end the stream without them.
+                self._busy_lanes -= 1
                 self._held_bytes -= sum(request.ByteSize() for request in group)
                 self._answers += answers
                 self._changed.notify_all()
@@ -139,12 +141,13 @@ class BulkStream:
                 response = await self._embed_texts(EmbedTextsRequest(model=model, texts=texts))
             else:
                 raise InvalidInputError("an item of the stream has neither an image nor a text")
+            return _spread(group, response)
         except CliptuneError as error:
             detail = to_detail(error)
-            return [
-                EmbedStreamResponse(id=request.id, model=request.model, error=detail) for request in group
-            ]
-        return _spread(group, response)
+        except Exception as error:  # a bug of ours: whoever asked is answered all the same
+            _log.exception("a group of a bulk stream failed")
+            detail = to_detail(InternalError(f"the stream failed on this item: {type(error).__name__}"))
+        return [EmbedStreamResponse(id=request.id, model=request.model, error=detail) for request in group]
 
 
 def _spread(
