@@ -73,7 +73,7 @@ class Admission:
                 )
             spec.model.name = f"{_LOCAL_MODEL}{folder}"
         # open_clip takes a tag or a weights file here; a tag holds no separator.
-        if os.sep in spec.model.pretrained or Path(spec.model.pretrained).is_file():
+        if os.sep in spec.model.pretrained or os.path.isfile(spec.model.pretrained):  # noqa: PTH113 (any text)
             weights = self._inside("model.pretrained", spec.model.pretrained)
             if not weights.is_file():
                 allowed = "a pretrained tag of the architecture or a weights file"
@@ -90,7 +90,10 @@ class Admission:
 
     def _inside(self, field: str, value: str) -> Path:
         """The real path, links followed. A relative one starts from the home's uploads."""
-        real = Path(os.path.realpath(self._data_dir / Path(value).expanduser()))
+        try:
+            real = Path(os.path.realpath(self._data_dir / Path(value).expanduser()))
+        except (OSError, ValueError, RuntimeError) as error:  # a NUL, a "~user" that is not there
+            raise _unusable(field, value, error) from None
         if not any(real.is_relative_to(root) for root in self.roots):
             roots = ", ".join(str(root) for root in self.roots)
             raise PathOutsideRootsError(
@@ -99,4 +102,12 @@ class Admission:
                 field=field,
                 roots=roots,
             )
+        try:
+            real.is_file()
+        except OSError as error:  # too long, or in a folder that may not be searched
+            raise _unusable(field, value, error) from None
         return real
+
+
+def _unusable(field: str, value: str, error: Exception) -> DataError:
+    return DataError(f"{field}: {value[:200]!r} is no usable path: {error}", path=field)

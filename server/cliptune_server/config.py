@@ -42,6 +42,24 @@ class Limits:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class JobsConfig:
+    """How jobs are run."""
+
+    data_roots: tuple[Path, ...] = ()
+    """Folders that jobs may read from, beside the home's own uploads and models."""
+    max_preparing: int = 1
+    """Preparations at a time: each reads data on the CPU."""
+    cancel_grace_s: float = 60.0
+    """A trainer that has not ended so long after a cancel is killed."""
+
+    def __post_init__(self) -> None:
+        if self.max_preparing < 1:
+            raise InvalidInputError(f"max_preparing must be at least 1, not {self.max_preparing}")
+        if not self.cancel_grace_s > 0:
+            raise InvalidInputError(f"cancel_grace_s must be above 0, not {self.cancel_grace_s}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """One daemon."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from cliptune_server import listening
-from cliptune_server.config import ServerConfig
+from cliptune_server.config import JobsConfig, ServerConfig
 from cliptune_server.database import Database
 from cliptune_server.engine_process import EngineConfig
 from cliptune_server.engines import EngineState, EngineSupervisor
@@ -29,7 +29,7 @@ from cliptune_server.gateway.app import build_app
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.home import Home
 from cliptune_server.http_server import HttpServer
-from cliptune_server.jobs import Jobs, JobsConfig
+from cliptune_server.jobs import Jobs
 from cliptune_server.launcher import LocalLauncher
 from cliptune_server.link import LinkService
 from cliptune_server.metrics import Metrics

@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
+import structlog
+
 from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CliptuneError,
@@ -313,7 +315,8 @@ class Dispatcher:
             self._publishing.pop(job.id, None)
 
     async def _guard(self, job: LiveJob, work: Coroutine[Any, Any, None]) -> None:
-        """A fault of ours fails the job it met, not its neighbours."""
+        """A fault of ours fails the job it met, not its neighbours. What is logged below names the job."""
+        structlog.contextvars.bind_contextvars(job_id=job.id)  # of this task alone
         try:
             await work
         except asyncio.CancelledError:
@@ -325,9 +328,12 @@ class Dispatcher:
                 await self._in_thread(job.run.trainer.kill)
             job.run = None
             self.scheduler.release(job.id)
-            detail = to_detail(InternalError(f"the daemon cannot take the job on: {error}"))
+            failure = InternalError(f"the daemon cannot take the job on: {error}")
             if not job.record.ended:
-                await job.enter(JOB_STATE_FAILED, detail.message, error=detail)
+                unanswered = job.settlements("", failure)
+                await job.enter(
+                    JOB_STATE_FAILED, failure.message, error=to_detail(failure), before=unanswered
+                )
             self.schedule()
 
     async def _in_thread(

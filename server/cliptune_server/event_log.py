@@ -166,6 +166,8 @@ async def replay(path: Path, threads: Executor, after_number: int) -> AsyncGener
         for event in batch:
             yield event
             after_number = event.number
+            if is_final(event):
+                return
 
 
 def _line(entry: Entry) -> bytes:

@@ -140,6 +140,9 @@ def _token(row: JobRow) -> str:
 def _read_token(token: str) -> tuple[int, str]:
     try:
         created_ns, _, job_id = base64.urlsafe_b64decode(token.encode()).decode().partition(" ")
-        return int(created_ns), job_id
+        # SQLite's integers have 64 bits.
+        if -(2**63) <= (created := int(created_ns)) < 2**63:
+            return created, job_id
     except (ValueError, binascii.Error):
-        raise InvalidInputError("this page token is not one of ours", page_token=token) from None
+        pass
+    raise InvalidInputError("this page token is not one of ours", page_token=token)

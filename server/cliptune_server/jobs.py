@@ -14,14 +14,12 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CancelledError,
     DiskFullError,
-    InvalidInputError,
     JobNotFoundError,
     JobStateError,
     UnavailableError,
@@ -37,6 +35,7 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_QUEUED,
 )
 from cliptune_server.admission import Admission, Publisher
+from cliptune_server.config import JobsConfig
 from cliptune_server.database import Database
 from cliptune_server.dispatcher import Dispatcher
 from cliptune_server.event_log import CorruptLogError, replay
@@ -52,24 +51,6 @@ log = logging.getLogger(__name__)
 
 _STOPPING: Final = "the daemon is stopping"
 _FILE_THREADS: Final = 8
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JobsConfig:
-    """How jobs are run."""
-
-    data_roots: tuple[Path, ...] = ()
-    """Folders that jobs may read from, beside the home's own uploads and models."""
-    max_preparing: int = 1
-    """Preparations at a time: each reads data on the CPU."""
-    cancel_grace_s: float = 60.0
-    """A trainer that has not ended so long after a cancel is killed."""
-
-    def __post_init__(self) -> None:
-        if self.max_preparing < 1:
-            raise InvalidInputError(f"max_preparing must be at least 1, not {self.max_preparing}")
-        if not self.cancel_grace_s > 0:
-            raise InvalidInputError(f"cancel_grace_s must be above 0, not {self.cancel_grace_s}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +163,7 @@ class Jobs:
 
     async def delete(self, job_id: str) -> None:
         """Removes an ended job with its checkpoints. `JobStateError` for one that has not ended."""
+        self._refuse_when_stopping()
         job = await self.get(job_id)
         if job.state not in FINAL_STATES:
             name = state_name(job.state)
@@ -224,6 +206,11 @@ class Jobs:
                     yield event
         except FileNotFoundError:
             raise JobNotFoundError(f"the job {job_id!r} was deleted", job_id=job_id) from None
+        except RuntimeError:
+            if not self._dispatcher.stopping:
+                raise
+            # The threads that read files have gone with the daemon.
+            raise UnavailableError(_STOPPING) from None
         finally:
             self._watchers -= 1
 

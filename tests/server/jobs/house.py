@@ -14,9 +14,10 @@ from pathlib import Path
 
 from cliptune.v1 import job_pb2, spec_pb2, training_pb2
 from cliptune_server.admission import Publisher
+from cliptune_server.config import JobsConfig
 from cliptune_server.database import Database
 from cliptune_server.home import Home
-from cliptune_server.jobs import Jobs, JobsConfig
+from cliptune_server.jobs import Jobs
 from cliptune_server.launcher import LocalLauncher
 from cliptune_server.link import LinkService
 

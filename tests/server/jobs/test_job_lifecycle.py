@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import logging
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import structlog
 
 from cliptune.errors import (
     DataError,
@@ -250,6 +253,12 @@ async def test_wrong_specs_and_paths_outside_the_roots_are_refused(tmp_path: Pat
         spec.data.train = str(root / "missing.csv")
         with pytest.raises(DataError, match=r"missing\.csv"):
             await create(jobs, spec)
+        for unusable in ("x" * 5000, "a\0b", "~nobody-of-this-name/x.csv"):
+            for field in ("train", "validation", "image_root"):
+                spec = peer_spec(root)
+                setattr(spec.data, field, unusable)
+                with pytest.raises(DataError, match=f"data.{field}: .* is no usable path"):
+                    await create(jobs, spec)
         assert list((root / "home" / "jobs").iterdir()) == []
 
 
@@ -273,6 +282,7 @@ async def test_lists_are_paged_newest_first_and_filtered_by_state(tmp_path: Path
         for request in (
             training_pb2.ListJobsRequest(page_size=-1),
             training_pb2.ListJobsRequest(page_token="nonsense"),
+            training_pb2.ListJobsRequest(page_token=base64.b64encode(b"9" * 30 + b" x").decode()),
         ):
             with pytest.raises(InvalidInputError):
                 await jobs.list(request)
@@ -297,6 +307,8 @@ async def test_a_stop_suspends_the_trainer_and_the_next_start_goes_on(tmp_path: 
     assert states(seen)[-1] == "QUEUED"
     with pytest.raises(UnavailableError):
         await create(jobs, peer_spec(tmp_path))
+    with pytest.raises(UnavailableError):
+        await jobs.delete(job.id)
     async with open_jobs(tmp_path) as jobs:
         more = await collect(jobs, job.id, after=seen[-1].number)
         assert_gapless(seen + more)
@@ -336,3 +348,38 @@ async def test_a_preparation_can_be_cancelled(tmp_path: Path) -> None:
         assert answer.job.state in (JOB_STATE_CANCELLED, JOB_STATE_FAILED, JOB_STATE_SUCCEEDED)
         assert states(await collect(jobs, job.id)) == ["PREPARING", "CANCELLED"]
         assert JOB_STATE_SUCCEEDED not in (answer.job.state,)
+
+
+async def test_a_replay_of_an_ended_job_that_a_stop_cuts_off_says_so(tmp_path: Path) -> None:
+    async with open_jobs(tmp_path) as jobs:
+        job = await create(jobs, peer_spec(tmp_path, steps=400))
+        assert len(await collect(jobs, job.id)) > 300  # more than a replay reads at once
+    async with open_jobs(tmp_path) as jobs:
+        replay = jobs.watch(job.id)
+        await anext(replay)
+    with pytest.raises(UnavailableError, match="stopping"):
+        async for _ in replay:
+            pass
+
+
+async def test_what_the_daemon_logs_of_a_job_names_it(tmp_path: Path) -> None:
+    named: list[tuple[str, object]] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            named.append((record.getMessage(), structlog.contextvars.get_contextvars().get("job_id")))
+
+    logger = logging.getLogger("cliptune_server.dispatcher")
+    collector, level = Collector(), logger.level
+    logger.addHandler(collector)
+    logger.setLevel(logging.INFO)
+    try:
+        async with open_jobs(tmp_path) as jobs:
+            made = [(await create(jobs, peer_spec(tmp_path, name, steps=2))).id for name in ("a", "b")]
+            for job_id in made:
+                await collect(jobs, job_id)
+    finally:
+        logger.removeHandler(collector)
+        logger.setLevel(level)
+    assert {job_id for _, job_id in named} == set(made)
+    assert all(str(job_id) in message for message, job_id in named)
