@@ -1,0 +1,105 @@
+"""Images and texts a second through the daemon, beside a bare open_clip loop over the same model and cores.
+
+Callers of ours ask for one item at a time over gRPC, 1, 8 or 32 at once. The peer has no network and no
+queue: it decodes, preprocesses and runs batches of just that size in this process. JPEG files of 256 × 256
+pixels, captions of a few words. Both may use all cores; ours shares them with its callers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from bench.record import Row, report
+from bench.served_model import MODEL, served_model
+from bench.turns import medians
+from cliptune import AsyncClient
+from cliptune_model.clip import Clip
+from cliptune_model.device import choose_threads
+from cliptune_model.pixels import decode_image
+from tests.support.images import COLOURS, SHAPES, caption, jpeg
+
+CONCURRENCY = (1, 8, 32)
+JPEG = jpeg(size=256)
+TEXT = caption(next(iter(COLOURS)), SHAPES[0])
+
+
+async def _ask(address: str, kind: str, callers: int, window_s: float) -> float:
+    async with AsyncClient(address) as client:
+        answered = 0
+        began = time.perf_counter()
+
+        async def caller() -> None:
+            nonlocal answered
+            while time.perf_counter() - began < window_s:
+                if kind == "images":
+                    await client.embed_images([JPEG], model=MODEL)
+                else:
+                    await client.embed_texts([TEXT], model=MODEL)
+                answered += 1
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+        return answered / (time.perf_counter() - began)
+
+
+def ours(address: str, kind: str, callers: int, window_s: float) -> float:
+    """Items a second, until the last answer."""
+    return asyncio.run(_ask(address, kind, callers, window_s))
+
+
+@torch.inference_mode()
+def bare(clip: Clip, kind: str, batch: int, window_s: float) -> float:
+    """Items a second of the loop that one would write by hand."""
+    done = 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < window_s:
+        if kind == "images":
+            images_BCHW = torch.stack([clip.preprocess(decode_image(JPEG)) for _ in range(batch)])
+            vectors_BD = clip.encode_images(images_BCHW)
+        else:
+            vectors_BD = clip.encode_texts(clip.tokenize([TEXT] * batch))
+        torch.nn.functional.normalize(vectors_BD, dim=-1).numpy()
+        done += batch
+    return done / (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="ViT-B-32", help="architecture (default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--window", dest="window_s", type=float, default=1.0, metavar="SECONDS")
+    arguments = parser.parse_args()
+    threads = int(choose_threads(None).value)
+    torch.set_num_threads(threads)
+    window_s: float = arguments.window_s
+    rows = []
+    with served_model(arguments.model, threads=threads) as (daemon, clip):
+        for kind in ("images", "texts"):
+            for many in CONCURRENCY:
+                sides: dict[str, Callable[[], float]] = {
+                    "ours": partial(ours, daemon.grpc, kind, many, window_s),
+                    "bare": partial(bare, clip, kind, many, window_s),
+                }
+                found = medians(sides, arguments.repetitions)
+                rows.append(
+                    Row(
+                        case=f"{arguments.model} {kind}, {many} at once",
+                        ours=found["ours"],
+                        peer=found["bare"],
+                        peer_name=f"open_clip, batches of {many}",
+                        unit=f"{kind}/s",
+                    )
+                )
+    report("serving", rows)
+
+
+if __name__ == "__main__":
+    main()
