@@ -44,8 +44,8 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         reporter.notice(
             "data-changed", "the data files are not the ones that were prepared; they were read anew"
         )
-    where = f"goes on after step {state.step}" if state else "begins"
-    reporter.milestone(f"training {where} of {decisions.total_steps} on {device}")
+    where = f"goes on after step {state.step} of" if state else "begins:"
+    reporter.milestone(f"training {where} {decisions.total_steps} steps on {device}")
     training = Training(
         job=job,
         spec=spec,

@@ -152,7 +152,8 @@ def _report(names: list[str], failed: tuple[FailedItem, ...] | list[FailedItem],
     """Says on stderr which inputs failed; exit status 1 when some did."""
     if not quiet:
         for item in failed:
-            note(f"error: {names[item.index]}: {type(item.error).__name__}: {item.error.message}")
+            name = names[item.index].strip() or repr(names[item.index])
+            note(f"error: {name}: {type(item.error).__name__}: {item.error.message}")
     return 1 if failed else 0
 
 

@@ -17,8 +17,8 @@ from cliptune.cli.connection import (
 from cliptune.cli.follow import follow
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
-from cliptune.job import CommandReceipt, Job, JobState
-from cliptune.lines import plan_lines
+from cliptune.job import CommandReceipt, Job, JobState, StateChange
+from cliptune.lines import metric_rows, plan_lines
 from cliptune.progress import progress_numbers
 
 
@@ -47,9 +47,7 @@ def _show(client: Client, options: argparse.Namespace) -> int:
         print("\n".join(plan_lines(job.plan)))
     if job.progress is not None:
         print(progress_numbers(job.progress))
-    if job.evaluation is not None:
-        print(f"evaluation ({job.evaluation.occasion}) at step {job.evaluation.step}:")
-        print_table(("METRIC", "VALUE"), [(k, f"{v:.4f}") for k, v in sorted(job.evaluation.metrics.items())])
+    _print_evaluation(job)
     if job.model:
         print(f"model {job.model}")
     return 0
@@ -65,17 +63,51 @@ def _delete(client: Client, options: argparse.Namespace) -> int:
 
 
 def _command(
-    send: Callable[[Client, argparse.Namespace], CommandReceipt],
+    send: Callable[[Client, argparse.Namespace], CommandReceipt], *, ends_run: bool = False
 ) -> Callable[[Client, argparse.Namespace], int]:
     def run(client: Client, options: argparse.Namespace) -> int:
         receipt = send(client, options)
+        job = _after_run(client, receipt) if ends_run else receipt.job
         if options.json:
-            print_json(mapping(receipt.job.message))
+            print_json(mapping(job.message))
         else:
-            print(f"{receipt.job.id}  {receipt.job.state}")
+            print(f"{job.id}  {job.state}")
         return 0
 
     return run
+
+
+def _after_run(client: Client, receipt: CommandReceipt) -> Job:
+    """The job once its trainer is gone: a pause or cancel is done a moment before the state says so."""
+    if receipt.job.state is not JobState.RUNNING:
+        return receipt.job
+    for event in client.watch_job(receipt.job.id, after=receipt.event_number):
+        if isinstance(event.body, StateChange):
+            break
+    return client.get_job(receipt.job.id)
+
+
+def _evaluate(client: Client, options: argparse.Namespace) -> int:
+    job = client.evaluate_job(options.job).job
+    if options.json:
+        print_json(mapping(job.message))
+        return 0
+    print(f"{job.id}  {job.state}")
+    _print_evaluation(job)
+    return 0
+
+
+def _print_evaluation(job: Job) -> None:
+    if job.evaluation is not None:
+        print(f"evaluation ({job.evaluation.occasion}) at step {job.evaluation.step}:")
+        print_table(("METRIC", "VALUE"), metric_rows(job.evaluation.metrics))
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} is not positive")
+    return count
 
 
 def _done(job: Job) -> str:
@@ -103,17 +135,23 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "--state", action="append", default=[], type=str.upper, choices=states, help="only jobs in this state"
     )
-    listing.add_argument("--limit", type=int, help="at most so many")
+    listing.add_argument("--limit", type=_count, help="at most so many")
     action("show", "show a job with its plan, progress and metrics", _show)
     watching = action("watch", "follow a job's events, from the first or from any number on", _watch)
     watching.add_argument(
         "--after", type=int, default=0, metavar="NUMBER", help="only events with a greater number"
     )
-    action("pause", "checkpoint and release the device", _command(lambda c, o: c.pause_job(o.job)))
+    action(
+        "pause", "checkpoint and release the device", _command(lambda c, o: c.pause_job(o.job), ends_run=True)
+    )
     action("resume", "queue a paused job again", _command(lambda c, o: c.resume_job(o.job)))
-    action("cancel", "end a job; its last checkpoint stays", _command(lambda c, o: c.cancel_job(o.job)))
+    action(
+        "cancel",
+        "end a job; its last checkpoint stays",
+        _command(lambda c, o: c.cancel_job(o.job), ends_run=True),
+    )
     action("checkpoint", "save a checkpoint now", _command(lambda c, o: c.checkpoint_job(o.job)))
-    action("evaluate", "evaluate now", _command(lambda c, o: c.evaluate_job(o.job)))
+    action("evaluate", "evaluate now and print the metrics", _evaluate)
     rate = action(
         "set-lr",
         "change the peak learning rate of a running job",

@@ -16,7 +16,7 @@ from cliptune.cli.connection import (
 )
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
-from cliptune.lines import size
+from cliptune.lines import metric_rows, size
 from cliptune.model import Model
 
 
@@ -36,7 +36,7 @@ def _show(client: Client, options: argparse.Namespace) -> int:
     print(f"loaded on {model.device}" if model.loaded else "not loaded")
     print(f"{model.path}, {size(model.bytes)}")
     if model.metrics:
-        print_table(("METRIC", "VALUE"), [(k, f"{v:.4f}") for k, v in sorted(model.metrics.items())])
+        print_table(("METRIC", "VALUE"), metric_rows(model.metrics))
     return 0
 
 
