@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -71,7 +72,8 @@ def problem_response(
         body["status"] = status
     sent = dict(headers or {})
     if "retry_after_s" in error.metadata:
-        sent["Retry-After"] = error.metadata["retry_after_s"].partition(".")[0]
+        # Whole seconds by the standard, and 0 would mean: at once.
+        sent["Retry-After"] = str(math.ceil(float(error.metadata["retry_after_s"])))
     if body["status"] == 413:  # the rest of the body may still be on its way, and nobody will read it
         sent["Connection"] = "close"
     return Response(

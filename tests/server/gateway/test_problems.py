@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 
-from cliptune.errors import CliptuneError, all_errors, wire_status
+from cliptune.errors import CliptuneError, OverloadedError, all_errors, wire_status
 from cliptune.wire import PROBLEM_MEDIA_TYPE, error_from_problem
+from cliptune_server.gateway.problems import problem_response
 from tests.server.gateway.bare import MAX_BODY_BYTES, bare_app, client_of
 
 JSON = {"content-type": "application/json"}
@@ -65,7 +66,7 @@ async def test_when_to_come_back_is_told_in_a_header() -> None:
 
     async with client_of(app_that_raises(UnavailableError("away", retry_after_s=2.5))) as client:
         answer = await client.get("/raise/x")
-    assert answer.headers["retry-after"] == "2"
+    assert answer.headers["retry-after"] == "3"
 
 
 async def test_what_takes_longer_than_the_callers_limit_is_cut_off_with_504() -> None:
@@ -229,3 +230,9 @@ async def test_a_body_that_does_not_tell_its_length_is_read_up_to_the_limit(path
         answer = await client.post(path, content=endless(), headers=headers)
     assert (answer.status_code, answer.json()["reason"]) == (413, "RequestTooLargeError")
     assert sent <= 2 * MAX_BODY_BYTES
+
+
+@pytest.mark.parametrize(("told", "sent"), [("0.1", "1"), ("2.5", "3"), ("4", "4")])
+def test_retry_after_is_never_sooner_than_the_error_says(told: str, sent: str) -> None:
+    response = problem_response(OverloadedError("full", retry_after_s=told), "/v1/embeddings")
+    assert response.headers["Retry-After"] == sent
