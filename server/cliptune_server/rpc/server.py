@@ -85,6 +85,8 @@ class RpcServer:
         """Answer what is in flight within `grace_s`; the rest fails with UNAVAILABLE."""
         closing = asyncio.create_task(self.server.stop(grace_s + _CUT_OFF_MARGIN_S))
         await self._errors.drain(grace_s)
+        # Every call has been answered: what gRPC still holds open is no reason to use up a long grace.
+        await self.server.stop(_CUT_OFF_MARGIN_S)
         await closing
 
     def end_sessions(self) -> None:
