@@ -29,6 +29,8 @@ from cliptune.wire import DETAILS_KEY, error_from_rpc
 from cliptune_server.compute_environment import compute_environment
 
 _KILL_LIMIT_S: Final = 3.0
+# A process that is being torn down closes its sockets first; memory of gigabytes takes a moment longer.
+_VERDICT_LIMIT_S: Final = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +160,11 @@ class EngineProcess:
         try:
             return await pick(self._stub)(request, timeout=timeout_s, metadata=tracing.inject())
         except grpc.aio.AioRpcError as error:
+            if _says_why(error):
+                raise error_from_rpc(error) from None
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                # The connection often breaks a moment before the process is seen to end.
+                await self.ends_within(_VERDICT_LIMIT_S)
             raise self._translate(error) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
@@ -230,8 +237,6 @@ class EngineProcess:
 
     def _translate(self, error: grpc.aio.AioRpcError) -> CliptuneError:
         told = error_from_rpc(error)
-        if any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ()):
-            return told
         code = error.code()
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:  # gRPC's own limit
             limit = self._config.message_bytes
@@ -243,6 +248,11 @@ class EngineProcess:
         if self.verdict.done() or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
             return self._gone()
         return told
+
+
+def _says_why(error: grpc.aio.AioRpcError) -> bool:
+    """It is the engine's own answer, not the transport's."""
+    return any(key == DETAILS_KEY for key, _ in error.trailing_metadata() or ())
 
 
 def describe_exit(status: int) -> str:

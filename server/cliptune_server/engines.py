@@ -193,19 +193,22 @@ class EngineSupervisor:
             engine = await self._take()
         except UnavailableError as error:
             return error.message.removeprefix("the engine ")
+        # The first to hear of the verdict: no caller is told of the end before readiness tells of it too.
+        engine.verdict.add_done_callback(self._withdraw)
         tasks = (asyncio.create_task(engine.beat()), asyncio.create_task(self._keep_serving(engine)))
         try:
             return await asyncio.shield(engine.verdict)
         finally:
-            self._active = None
-            self._up.clear()
-            if engine.condemned and not self._stopping.is_set():
-                reason = f"the engine {engine.verdict.result()}; it is being replaced"
-                self._say(ready=False, reason=reason)
             for task in tasks:
                 task.cancel()
             await engine.kill()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _withdraw(self, verdict: asyncio.Future[str]) -> None:
+        self._active = None
+        self._up.clear()
+        if not verdict.cancelled() and not self._stopping.is_set():
+            self._say(ready=False, reason=f"the engine {verdict.result()}; it is being replaced")
 
     async def _take(self) -> EngineProcess:
         """The standby, also one that is still starting; else a new process."""
@@ -245,7 +248,7 @@ class EngineSupervisor:
         failed = 0
         while not engine.condemned:
             async with self._change:
-                if not await self._load_missing(engine):
+                if not await self._load_missing(engine) or engine.condemned:
                     return
                 self._active = engine
                 self._up.set()
@@ -257,8 +260,11 @@ class EngineSupervisor:
                 if failed == 2:
                     engine.condemn(f"failed its canary twice ({error.message})")
             except CliptuneError as error:
-                self._say(ready=False, reason=f"the engine's canary was not answered: {error.message}")
+                if not engine.condemned:
+                    self._say(ready=False, reason=f"the engine's canary was not answered: {error.message}")
             else:
+                if engine.condemned:
+                    return
                 failed = 0
                 missing = "; ".join(f"model {key} is not loaded: {why}" for key, why in self._missing.items())
                 self._say(ready=not missing, reason=missing)

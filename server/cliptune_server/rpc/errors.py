@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -29,6 +29,8 @@ from cliptune_server.rpc.interceptor import AroundInterceptor, Context, Method
 
 _log = logging.getLogger(__name__)
 
+# A cancellation is repeated: one that falls into code of gRPC itself may be swallowed there.
+_RECUT_S: Final = 1.0
 # Ends when the client says so, and nobody depends on it: a stop does not wait.
 _REFLECTION: Final = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
@@ -53,6 +55,8 @@ class ErrorInterceptor(AroundInterceptor):
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Task[None], Method] = {}
+        self._ended: set[str] = set()
+        """Methods whose calls a stop does not wait for."""
         self._stopping = False
 
     @asynccontextmanager
@@ -87,22 +91,26 @@ class ErrorInterceptor(AroundInterceptor):
         """Refuse new calls, wait `grace_s` for those in flight, and fail the rest with UNAVAILABLE."""
         self._stopping = True
         self.cut_off(_REFLECTION)
-        if self._calls:
-            await asyncio.wait(list(self._calls), timeout=grace_s)
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + grace_s
+        while self._calls and loop.time() < until_s:
+            await asyncio.wait(list(self._calls), timeout=min(_RECUT_S, until_s - loop.time()))
+            self._cut_off_ended()
         if self._calls:
             _log.warning("%d calls were not answered within %.0f s", len(self._calls), grace_s)
-            left = list(self._calls)
-            _cut_off(left)
-            await asyncio.wait(left, timeout=1.0)
+            self._ended.update(map(str, self._calls.values()))
+            self._cut_off_ended()
+            await asyncio.wait(list(self._calls), timeout=1.0)
 
     def cut_off(self, method: str) -> None:
         """Fail the calls of one method with UNAVAILABLE now; only while draining."""
-        _cut_off([call for call, called in self._calls.items() if str(called) == method])
+        self._ended.add(method)
+        self._cut_off_ended()
 
-
-def _cut_off(calls: Iterable[asyncio.Task[None]]) -> None:
-    for call in calls:
-        call.cancel()
+    def _cut_off_ended(self) -> None:
+        for call, method in self._calls.items():
+            if str(method) in self._ended:
+                call.cancel()
 
 
 async def _abort(context: Context, error: CliptuneError) -> None:
