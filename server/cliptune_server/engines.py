@@ -216,7 +216,7 @@ class EngineSupervisor:
         if standby is not None:
             with contextlib.suppress(UnavailableError):
                 engine = await standby
-                if not engine.condemned:
+                if not engine.verdict.done():
                     return engine
                 await engine.kill()
         return await self._launch()
@@ -248,7 +248,7 @@ class EngineSupervisor:
         failed = 0
         while not engine.condemned:
             async with self._change:
-                if not await self._load_missing(engine) or engine.condemned:
+                if not await self._load_missing(engine) or engine.verdict.done():
                     return
                 self._active = engine
                 self._up.set()
@@ -260,10 +260,10 @@ class EngineSupervisor:
                 if failed == 2:
                     engine.condemn(f"failed its canary twice ({error.message})")
             except CliptuneError as error:
-                if not engine.condemned:
+                if not engine.verdict.done():
                     self._say(ready=False, reason=f"the engine's canary was not answered: {error.message}")
             else:
-                if engine.condemned:
+                if engine.verdict.done():
                     return
                 failed = 0
                 missing = "; ".join(f"model {key} is not loaded: {why}" for key, why in self._missing.items())
