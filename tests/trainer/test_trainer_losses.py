@@ -22,7 +22,7 @@ def identities(images: list[int], captions: list[int]) -> Identities:
 def test_infonce_and_its_gradients_equal_open_clips_loss() -> None:
     ours, theirs = features(12), features(12)
     scales = [torch.tensor(37.0, requires_grad=True) for _ in range(2)]
-    loss = infonce(*ours, scales[0], identities(list(range(12)), list(range(12))))
+    loss = infonce(*ours, scales[0], None, identities(list(range(12)), list(range(12))))
     reference = ClipLoss()(*theirs, scales[1])
     assert float(loss.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
     loss.backward()
@@ -43,7 +43,7 @@ def test_multi_positive_equals_a_float64_sum_over_each_rows_positives() -> None:
             chances = torch.log_softmax(rows[i], dim=0)
             total -= float(sum(chances[j] for j in positives).detach()) / len(positives)
     loss = multi_positive(
-        image_ND.float(), text_ND.float(), torch.tensor(scale), identities(images, captions)
+        image_ND.float(), text_ND.float(), torch.tensor(scale), None, identities(images, captions)
     )
     assert float(loss.detach()) == pytest.approx(total / 18, rel=1e-5)
     assert loss.dtype == torch.float32
@@ -52,12 +52,14 @@ def test_multi_positive_equals_a_float64_sum_over_each_rows_positives() -> None:
 def test_without_repeats_every_loss_is_infonce() -> None:
     image_ND, text_ND = features(7)
     alone = identities(list(range(7)), list(range(7)))
-    values = [float(loss(image_ND, text_ND, torch.tensor(10.0), alone).detach()) for loss in LOSSES.values()]
+    values = [
+        float(loss(image_ND, text_ND, torch.tensor(10.0), None, alone).detach()) for loss in LOSSES.values()
+    ]
     assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
 
 
 def test_half_precision_features_are_compared_in_fp32() -> None:
     image_ND, text_ND = features(6)
     alone = identities(list(range(6)), list(range(6)))
-    loss = infonce(image_ND.bfloat16(), text_ND.bfloat16(), torch.tensor(100.0), alone)
+    loss = infonce(image_ND.bfloat16(), text_ND.bfloat16(), torch.tensor(100.0), None, alone)
     assert loss.dtype == torch.float32

@@ -108,5 +108,6 @@ def contrastive_loss(clip: Clip, loss: Loss, precision: Precision, batch: Batch)
         F.normalize(image_BD, dim=-1),
         F.normalize(text_BD, dim=-1),
         cast(Tensor, clip.model.logit_scale).exp(),
+        getattr(clip.model, "logit_bias", None),
         identities,
     )

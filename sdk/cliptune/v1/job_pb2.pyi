@@ -117,6 +117,10 @@ class JobPlan(google.protobuf.message.Message):
     ESTIMATED_SECONDS_FIELD_NUMBER: builtins.int
     DECISIONS_FIELD_NUMBER: builtins.int
     BAD_ROWS_FIELD_NUMBER: builtins.int
+    MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
+    CHECKPOINTING_FIELD_NUMBER: builtins.int
+    MEMORY_BUDGET_BYTES_FIELD_NUMBER: builtins.int
     device: builtins.str
     precision: builtins.str
     train_samples: builtins.int
@@ -132,6 +136,14 @@ class JobPlan(google.protobuf.message.Message):
     """From one timed step on the CPU, where the job will run on the CPU; otherwise 0: unknown."""
     bad_rows: builtins.int
     """Rows that could not be read and will be skipped."""
+    micro_batch_size: builtins.int
+    """Pairs that go through the towers at once. 0: settled on the device, at the run's start."""
+    attention: builtins.str
+    """"sdpa", "sliced" or "chunked"."""
+    checkpointing: builtins.bool
+    """Activations are recomputed in the backward pass."""
+    memory_budget_bytes: builtins.int
+    """What the step may use on the device."""
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -153,8 +165,12 @@ class JobPlan(google.protobuf.message.Message):
         estimated_seconds: builtins.float = ...,
         decisions: collections.abc.Iterable[global___Decision] | None = ...,
         bad_rows: builtins.int = ...,
+        micro_batch_size: builtins.int = ...,
+        attention: builtins.str = ...,
+        checkpointing: builtins.bool = ...,
+        memory_budget_bytes: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bad_rows", b"bad_rows", "batch_size", b"batch_size", "decisions", b"decisions", "device", b"device", "distinct_captions", b"distinct_captions", "estimated_memory_bytes", b"estimated_memory_bytes", "estimated_seconds", b"estimated_seconds", "labels", b"labels", "parameters", b"parameters", "precision", b"precision", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_samples", b"train_samples", "validation_samples", b"validation_samples"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attention", b"attention", "bad_rows", b"bad_rows", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "decisions", b"decisions", "device", b"device", "distinct_captions", b"distinct_captions", "estimated_memory_bytes", b"estimated_memory_bytes", "estimated_seconds", b"estimated_seconds", "labels", b"labels", "memory_budget_bytes", b"memory_budget_bytes", "micro_batch_size", b"micro_batch_size", "parameters", b"parameters", "precision", b"precision", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_samples", b"train_samples", "validation_samples", b"validation_samples"]) -> None: ...
 
 global___JobPlan = JobPlan
 
@@ -344,6 +360,9 @@ class Progress(google.protobuf.message.Message):
     SAMPLES_PER_SECOND_FIELD_NUMBER: builtins.int
     DEVICE_MEMORY_BYTES_FIELD_NUMBER: builtins.int
     ETA_SECONDS_FIELD_NUMBER: builtins.int
+    MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LOSS_SCALE_FIELD_NUMBER: builtins.int
+    SKIPPED_STEPS_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimiser steps done, from 1."""
     total_steps: builtins.int
@@ -359,6 +378,12 @@ class Progress(google.protobuf.message.Message):
     device_memory_bytes: builtins.int
     """Memory of the training process on its device (resident set on CPU)."""
     eta_seconds: builtins.float
+    micro_batch_size: builtins.int
+    """Pairs that went through the towers at once."""
+    loss_scale: builtins.float
+    """What the loss is multiplied by before the backward pass with fp16; 0: not scaled."""
+    skipped_steps: builtins.int
+    """Steps so far that changed no weight, because a gradient was not finite."""
     def __init__(
         self,
         *,
@@ -372,8 +397,11 @@ class Progress(google.protobuf.message.Message):
         samples_per_second: builtins.float = ...,
         device_memory_bytes: builtins.int = ...,
         eta_seconds: builtins.float = ...,
+        micro_batch_size: builtins.int = ...,
+        loss_scale: builtins.float = ...,
+        skipped_steps: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "logit_scale", b"logit_scale", "loss", b"loss", "samples_per_second", b"samples_per_second", "step", b"step", "total_steps", b"total_steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "logit_scale", b"logit_scale", "loss", b"loss", "loss_scale", b"loss_scale", "micro_batch_size", b"micro_batch_size", "samples_per_second", b"samples_per_second", "skipped_steps", b"skipped_steps", "step", b"step", "total_steps", b"total_steps"]) -> None: ...
 
 global___Progress = Progress
 
@@ -494,7 +522,7 @@ class CommandDone(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     command_id: builtins.str
     command: builtins.str
-    """"pause", "resume", "cancel", "checkpoint", "evaluate" or "set_learning_rate"."""
+    """"pause", "resume", "cancel", "checkpoint", "evaluate", "set_learning_rate" or "yield_to_inference"."""
     @property
     def error(self) -> cliptune.v1.error_pb2.ErrorDetail:
         """Set when the command failed."""
@@ -545,6 +573,7 @@ class JobCommand(google.protobuf.message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     EVALUATE_FIELD_NUMBER: builtins.int
     SET_LEARNING_RATE_FIELD_NUMBER: builtins.int
+    YIELD_TO_INFERENCE_FIELD_NUMBER: builtins.int
     @property
     def pause(self) -> global___PauseCommand: ...
     @property
@@ -557,6 +586,8 @@ class JobCommand(google.protobuf.message.Message):
     def evaluate(self) -> global___EvaluateCommand: ...
     @property
     def set_learning_rate(self) -> global___SetLearningRateCommand: ...
+    @property
+    def yield_to_inference(self) -> global___YieldToInferenceCommand: ...
     def __init__(
         self,
         *,
@@ -566,10 +597,11 @@ class JobCommand(google.protobuf.message.Message):
         checkpoint: global___CheckpointCommand | None = ...,
         evaluate: global___EvaluateCommand | None = ...,
         set_learning_rate: global___SetLearningRateCommand | None = ...,
+        yield_to_inference: global___YieldToInferenceCommand | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "checkpoint", b"checkpoint", "command", b"command", "evaluate", b"evaluate", "pause", b"pause", "resume", b"resume", "set_learning_rate", b"set_learning_rate"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "checkpoint", b"checkpoint", "command", b"command", "evaluate", b"evaluate", "pause", b"pause", "resume", b"resume", "set_learning_rate", b"set_learning_rate"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["pause", "resume", "cancel", "checkpoint", "evaluate", "set_learning_rate"] | None: ...
+    def HasField(self, field_name: typing.Literal["cancel", b"cancel", "checkpoint", b"checkpoint", "command", b"command", "evaluate", b"evaluate", "pause", b"pause", "resume", b"resume", "set_learning_rate", b"set_learning_rate", "yield_to_inference", b"yield_to_inference"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancel", b"cancel", "checkpoint", b"checkpoint", "command", b"command", "evaluate", b"evaluate", "pause", b"pause", "resume", b"resume", "set_learning_rate", b"set_learning_rate", "yield_to_inference", b"yield_to_inference"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["command", b"command"]) -> typing.Literal["pause", "resume", "cancel", "checkpoint", "evaluate", "set_learning_rate", "yield_to_inference"] | None: ...
 
 global___JobCommand = JobCommand
 
@@ -649,3 +681,21 @@ class SetLearningRateCommand(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["learning_rate", b"learning_rate"]) -> None: ...
 
 global___SetLearningRateCommand = SetLearningRateCommand
+
+@typing.final
+class YieldToInferenceCommand(google.protobuf.message.Message):
+    """Leave the device to inference at the next step boundary."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: builtins.int
+    seconds: builtins.float
+    """For so long, at most 60; 0 ends it."""
+    def __init__(
+        self,
+        *,
+        seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["seconds", b"seconds"]) -> None: ...
+
+global___YieldToInferenceCommand = YieldToInferenceCommand

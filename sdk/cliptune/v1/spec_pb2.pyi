@@ -73,6 +73,7 @@ class ModelSpec(google.protobuf.message.Message):
 
     NAME_FIELD_NUMBER: builtins.int
     PRETRAINED_FIELD_NUMBER: builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
     name: builtins.str
     """An open_clip architecture ("ViT-B-32"), "hf-hub:ORG/REPO", "local-dir:PATH", a configuration shipped with
     cliptune ("cliptune-tiny-vit"), or a published model ("registry:NAME", "registry:NAME@ALIAS",
@@ -80,13 +81,20 @@ class ModelSpec(google.protobuf.message.Message):
     """
     pretrained: builtins.str
     """open_clip's pretrained tag or a weights file, for an architecture. Empty: random weights."""
+    context_length: builtins.int
+    """Tokens of a text, up to 248. More than the model has: its first positions are kept, the rest interpolated
+    (Long-CLIP), so that longer captions are read whole. Default: the model's own.
+    """
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         pretrained: builtins.str = ...,
+        context_length: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "pretrained", b"pretrained"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length", "name", b"name", "pretrained", b"pretrained"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_context_length", b"_context_length"]) -> typing.Literal["context_length"] | None: ...
 
 global___ModelSpec = ModelSpec
 
@@ -176,12 +184,18 @@ class TrainSpec(google.protobuf.message.Message):
     PRECISION_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     PROGRESS_EVERY_STEPS_FIELD_NUMBER: builtins.int
+    ATTENTION_FIELD_NUMBER: builtins.int
+    CHECKPOINTING_FIELD_NUMBER: builtins.int
+    MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
+    COMPILE_FIELD_NUMBER: builtins.int
     epochs: builtins.int
     """Passes over the training rows. Default 5."""
     max_steps: builtins.int
     """Stop after so many steps, whatever `epochs` says."""
     batch_size: builtins.int
-    """Pairs in one contrastive batch. Default 64."""
+    """Pairs in one contrastive batch, however little memory there is: the batch plan splits it into micro-batches
+    without changing its gradient. Default 64.
+    """
     learning_rate: builtins.float
     """Peak learning rate. Default 1e-5 for pretrained weights, 5e-4 from random ones."""
     weight_decay: builtins.float
@@ -198,6 +212,16 @@ class TrainSpec(google.protobuf.message.Message):
     """Default 0."""
     progress_every_steps: builtins.int
     """A progress event is sent every so many steps. Default 1."""
+    attention: builtins.str
+    """How attention is computed: "auto", "sdpa" (torch's own), "sliced" (a few heads at a time) or "chunked" (a block
+    of queries at a time). The result is the same; the memory is not. Default "auto".
+    """
+    checkpointing: builtins.str
+    """Recompute activations in the backward pass: "auto", "on" or "off". Default "auto"."""
+    micro_batch_size: builtins.int
+    """Pairs that go through the towers at once. Default: as many as fit."""
+    compile: builtins.str
+    """Compile the towers: "auto", "on" or "off". Default "auto"."""
     def __init__(
         self,
         *,
@@ -212,9 +236,13 @@ class TrainSpec(google.protobuf.message.Message):
         precision: builtins.str = ...,
         seed: builtins.int | None = ...,
         progress_every_steps: builtins.int | None = ...,
+        attention: builtins.str = ...,
+        checkpointing: builtins.str = ...,
+        micro_batch_size: builtins.int | None = ...,
+        compile: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "progress_every_steps", b"progress_every_steps", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "precision", b"precision", "progress_every_steps", b"progress_every_steps", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "progress_every_steps", b"progress_every_steps", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "attention", b"attention", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "clip_norm", b"clip_norm", "compile", b"compile", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "precision", b"precision", "progress_every_steps", b"progress_every_steps", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -225,6 +253,8 @@ class TrainSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_steps", b"_max_steps"]) -> typing.Literal["max_steps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_micro_batch_size", b"_micro_batch_size"]) -> typing.Literal["micro_batch_size"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_progress_every_steps", b"_progress_every_steps"]) -> typing.Literal["progress_every_steps"] | None: ...
     @typing.overload
@@ -243,16 +273,22 @@ class LossSpec(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     NAME_FIELD_NUMBER: builtins.int
+    TILING_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """"infonce" (CLIP) or "multi_positive" (rows with one caption are positives of each other).
+    """"infonce" (CLIP), "sigmoid" (SigLIP) or "multi_positive" (rows with one caption are positives of each other).
     Default "infonce".
+    """
+    tiling: builtins.str
+    """Compute the loss a block at a time: "auto" (for batches whose logits are large), "on" or "off".
+    Default "auto".
     """
     def __init__(
         self,
         *,
         name: builtins.str = ...,
+        tiling: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "tiling", b"tiling"]) -> None: ...
 
 global___LossSpec = LossSpec
 
@@ -376,23 +412,29 @@ class ResourceSpec(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     THREADS_FIELD_NUMBER: builtins.int
     MAX_RETRIES_FIELD_NUMBER: builtins.int
+    MEMORY_GIB_FIELD_NUMBER: builtins.int
     device: builtins.str
     """"auto", "cpu", "mps", "cuda" or "cuda:N". Default "auto"."""
     threads: builtins.int
     """CPU threads of the trainer. Default: the cores of the machine."""
     max_retries: builtins.int
     """Starts after a crash before the job fails. Default 2."""
+    memory_gib: builtins.float
+    """Memory of the device that the job may use, in GiB. Default: what is free, less a reserve."""
     def __init__(
         self,
         *,
         device: builtins.str = ...,
         threads: builtins.int | None = ...,
         max_retries: builtins.int | None = ...,
+        memory_gib: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_threads", b"_threads", "max_retries", b"max_retries", "threads", b"threads"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_threads", b"_threads", "device", b"device", "max_retries", b"max_retries", "threads", b"threads"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_threads", b"_threads", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "threads", b"threads"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_threads", b"_threads", "device", b"device", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "threads", b"threads"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_retries", b"_max_retries"]) -> typing.Literal["max_retries"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_memory_gib", b"_memory_gib"]) -> typing.Literal["memory_gib"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_threads", b"_threads"]) -> typing.Literal["threads"] | None: ...
 

@@ -21,9 +21,17 @@ class Loss(Protocol):
     """What every loss takes and gives."""
 
     def __call__(
-        self, image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, identities: Identities
+        self,
+        image_ND: Tensor,
+        text_ND: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None,
+        identities: Identities,
     ) -> Tensor:
-        """Features of unit length, the (exponentiated) logit scale, who is who → scalar, fp32."""
+        """Features of unit length, logit scale (exponentiated) and bias (if the model has one), who is who.
+
+        Returns a scalar, fp32.
+        """
         ...
 
 

@@ -11,7 +11,13 @@ from torch import Tensor
 from cliptune_trainer.losses.identities import Identities
 
 
-def infonce(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, identities: Identities) -> Tensor:
+def infonce(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    identities: Identities,
+) -> Tensor:
     """Mean of the image-to-text and text-to-image cross-entropies.
 
     van den Oord et al. 2018 (CPC), Eq. 4, in both directions as in Radford et al. 2021 (CLIP), Figure 3.
@@ -20,6 +26,7 @@ def infonce(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, identities: 
         image_ND: image features of unit length.
         text_ND: text features of unit length; row i belongs to image i.
         logit_scale: scalar, what similarities are multiplied by.
+        logit_bias: not looked at: a softmax does not change with it.
         identities: not looked at: equal captions in other rows count as negatives.
 
     Returns:

@@ -12,7 +12,13 @@ from torch import Tensor
 from cliptune_trainer.losses.identities import Identities
 
 
-def multi_positive(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, identities: Identities) -> Tensor:
+def multi_positive(
+    image_ND: Tensor,
+    text_ND: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None,
+    identities: Identities,
+) -> Tensor:
     """Mean over rows of the mean negative log-likelihood of the row's positives, in both directions.
 
     Khosla et al. 2020 (SupCon), Eq. 2 (the sum over positives outside the logarithm), between the two towers
@@ -22,6 +28,7 @@ def multi_positive(image_ND: Tensor, text_ND: Tensor, logit_scale: Tensor, ident
         image_ND: image features of unit length.
         text_ND: text features of unit length; row i belongs to image i.
         logit_scale: scalar, what similarities are multiplied by.
+        logit_bias: not looked at: a softmax does not change with it.
         identities: rows with one caption id or one image id are positives of each other.
 
     Returns:

@@ -140,7 +140,9 @@ global___Welcome = Welcome
 
 @typing.final
 class Instruction(google.protobuf.message.Message):
-    """To be carried out once for each id: after a lost link it may arrive again."""
+    """To be carried out once for each id: after a lost link it may arrive again. Without an id it is the daemon's own
+    doing, which no event tells of.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
