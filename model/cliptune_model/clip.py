@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cliptune.errors import InvalidInputError, WeightsUnavailableError
 from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.tokens import check_text, without_waste
+from cliptune_model.trimming import TextTrim, encode_text
 
 # What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
 _BAD_WEIGHTS: Final = (
@@ -72,8 +73,8 @@ class Clip:
         return cast(Tensor, self.model.encode_image(images_BCHW, normalize=False)).float()  # type: ignore[operator]
 
     def encode_texts(self, tokens_BL: Tensor) -> Tensor:
-        """[B, L] int64 → [B, D] fp32, not normalised."""
-        return cast(Tensor, self.model.encode_text(tokens_BL, normalize=False)).float()  # type: ignore[operator]
+        """[B, L] int64 → [B, D] fp32, not normalised. L: the context length, or what `trim` left of it."""
+        return encode_text(self.model, tokens_BL).float()
 
     @property
     def logit_scale(self) -> float:
@@ -96,6 +97,14 @@ class Clip:
         if not texts:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
         return self.tokenizer(list(texts))
+
+    def trim(self, tokens_BL: Tensor) -> Tensor:
+        """Tokens on the CPU, cut to one of a few lengths where `encode_texts` gives the same for them."""
+        return TextTrim.of(self)(tokens_BL)
+
+    def tokenize_trimmed(self, texts: Sequence[str]) -> Tensor:
+        """As `tokenize`, trimmed: the form to encode a batch at once."""
+        return self.trim(self.tokenize(texts))
 
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
         """open_clip's evaluation transform: any image → [3, H, W] float32 on the CPU."""
