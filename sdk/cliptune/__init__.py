@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from cliptune.aio import AsyncClient
     from cliptune.client import Client
-    from cliptune.codec import cancel, checkpoint, evaluate, pause, resume, set_learning_rate
+    from cliptune.codec import (
+        cancel,
+        checkpoint,
+        evaluate,
+        pause,
+        resume,
+        set_learning_rate,
+        yield_to_inference,
+    )
     from cliptune.errors import (
         CancelledError,
         CliptuneError,
@@ -144,6 +152,7 @@ __all__ = [
     "spec_from_mapping",
     "spec_to_mapping",
     "validate_shape",
+    "yield_to_inference",
 ]
 
 # The same as the imports above, for Python; a test holds the two together.
@@ -157,6 +166,7 @@ _NAMES: Final = {
         "pause",
         "resume",
         "set_learning_rate",
+        "yield_to_inference",
     ),
     "errors": (
         "CancelledError",

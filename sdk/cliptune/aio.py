@@ -178,6 +178,12 @@ class AsyncClient:
         """Change the peak learning rate of a running job; the schedule's shape stays."""
         return await self.control_job(job_id, codec.set_learning_rate(learning_rate), timeout_s=timeout_s)
 
+    async def yield_to_inference(
+        self, job_id: str, seconds: float, *, timeout_s: float | None = None
+    ) -> CommandReceipt:
+        """Leave the device to inference for so long, at most 60 s, from the next step's end; 0 ends it."""
+        return await self.control_job(job_id, codec.yield_to_inference(seconds), timeout_s=timeout_s)
+
     def session(self) -> AsyncSession:
         """One stream that watches and controls many jobs."""
         return AsyncSession(

@@ -169,6 +169,11 @@ def set_learning_rate(learning_rate: float) -> job_pb2.JobCommand:
     return job_pb2.JobCommand(set_learning_rate=job_pb2.SetLearningRateCommand(learning_rate=learning_rate))
 
 
+def yield_to_inference(seconds: float) -> job_pb2.JobCommand:
+    """Leave the device to inference for so long, at most 60 s, from the next step's end; 0 ends it."""
+    return job_pb2.JobCommand(yield_to_inference=job_pb2.YieldToInferenceCommand(seconds=seconds))
+
+
 def list_models(name: str) -> Call[list[Model]]:
     """Every version, or every version of one name."""
     return Call(

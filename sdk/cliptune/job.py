@@ -81,6 +81,12 @@ class JobPlan:
     estimated_seconds: float
     """0: unknown."""
     bad_rows: int
+    micro_batch_size: int
+    """Pairs that go through the towers at once. 0: settled when the run starts."""
+    attention: str
+    checkpointing: bool
+    memory_budget_bytes: int
+    """What the step may use on the device. 0: not told."""
     decisions: tuple[Decision, ...]
 
 
@@ -107,6 +113,11 @@ class Progress:
     samples_per_second: float
     device_memory_bytes: int
     eta_seconds: float
+    micro_batch_size: int
+    loss_scale: float
+    """What fp16 multiplies the loss by. 0: not scaled."""
+    skipped_steps: int
+    """So far: their gradients were not finite."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,6 +34,7 @@ def describe(event: JobEvent) -> list[str]:
                 f"step {body.step}/{body.total_steps} epoch {body.epoch:.2f} loss {body.loss:.4f} "
                 f"lr {body.learning_rate:.3e} scale {body.logit_scale:.2f} grad {body.gradient_norm:.3f} "
                 f"{body.samples_per_second:.1f} samples/s eta {body.eta_seconds:.0f} s"
+                + (f" skipped {body.skipped_steps}" if body.skipped_steps else "")
             ]
         case Evaluation():
             metrics = "  ".join(f"{name} {value}" for name, value in metric_rows(body.metrics))
@@ -61,10 +62,11 @@ def plan_lines(plan: JobPlan) -> list[str]:
     """What a job will do, and the choices that were made for it."""
     seconds = f", about {plan.estimated_seconds:.0f} s" if plan.estimated_seconds else ""
     skipped = f", {plan.bad_rows} unreadable rows skipped" if plan.bad_rows else ""
+    at_once = f" ({plan.micro_batch_size} at once)" if 0 < plan.micro_batch_size < plan.batch_size else ""
     return [
         f"plan: {plan.train_samples} training and {plan.validation_samples} validation samples, "
         f"{plan.distinct_captions} distinct captions{skipped}",
-        f"plan: {plan.total_steps} steps of {plan.batch_size} on {plan.device} in {plan.precision}, "
+        f"plan: {plan.total_steps} steps of {plan.batch_size}{at_once} on {plan.device} in {plan.precision}, "
         f"{plan.parameters / 1e6:.1f} M parameters, {size(plan.estimated_memory_bytes)} of memory{seconds}",
         *(f"plan: {made.subject} = {made.choice}: {made.reason}" for made in plan.decisions),
     ]

@@ -81,10 +81,12 @@ class Pattern(NamedTuple):
 
 _AT_LEAST_ONE: Final = Range(1)
 _NAMED: Final = Pattern(_NAME, NAME_RULE)
+_SWITCH: Final = Choice(("auto", "on", "off"))
 
 # A field that is left out is never checked: its default is the trainer's.
 RULES: Final[dict[str, Rule]] = {
     "name": _NAMED,
+    "model.context_length": Range(1, 4096),
     "data.validation_fraction": Range(0, 0.9),
     "data.max_bad_fraction": Range(0, 1),
     "data.augmentation": Choice(("none", "flip", "crop")),
@@ -99,7 +101,12 @@ RULES: Final[dict[str, Rule]] = {
     "train.clip_norm": Range(0),
     "train.precision": Choice(("auto", "fp32", "bf16", "fp16")),
     "train.progress_every_steps": _AT_LEAST_ONE,
-    "loss.name": Choice(("infonce", "multi_positive")),
+    "train.attention": Choice(("auto", "sdpa", "sliced", "chunked")),
+    "train.checkpointing": _SWITCH,
+    "train.micro_batch_size": _AT_LEAST_ONE,
+    "train.compile": _SWITCH,
+    "loss.name": Choice(("infonce", "sigmoid", "multi_positive")),
+    "loss.tiling": _SWITCH,
     "evaluation.every_epochs": Range(0),
     "evaluation.batch_size": _AT_LEAST_ONE,
     "checkpoint.every_steps": _AT_LEAST_ONE,
@@ -108,6 +115,7 @@ RULES: Final[dict[str, Rule]] = {
     "resources.device": Pattern(_DEVICE, "auto, cpu, mps, cuda, cuda:N"),
     "resources.threads": Range(1, 1024),
     "resources.max_retries": Range(0, 100),
+    "resources.memory_gib": Range(0, open_low=True),
 }
 REQUIRED: Final = ("name", "model.name", "data.train")
 

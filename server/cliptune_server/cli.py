@@ -47,6 +47,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep no second inference process ready: saves memory, and a dead one is replaced later",
     )
     parser.add_argument(
+        "--no-yield",
+        dest="yield_to_inference",
+        action="store_false",
+        help="let jobs train on while requests are answered on the same GPU: both get slower",
+    )
+    parser.add_argument(
         "--data-root",
         dest="data_roots",
         type=Path,
@@ -87,6 +93,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         standby=arguments.standby,
+        yield_to_inference=arguments.yield_to_inference,
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,

@@ -77,6 +77,8 @@ class ServerConfig:
     """CPU threads of the engine. None: it chooses."""
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced in a second rather than in ten."""
+    yield_to_inference: bool = True
+    """Ask trainers on the engine's accelerator to stand still while requests are in flight."""
     data_roots: tuple[Path, ...] = ()
     """Folders that jobs may read from, beside the home's own uploads and models."""
     grace_s: float = 30.0

@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from cliptune_server.rpc.inference import InferenceServicer
 from cliptune_server.rpc.models import ModelServicer
 from cliptune_server.rpc.server import RpcServer
 from cliptune_server.rpc.training import TrainingServicer
+from cliptune_server.yielding import Yielding
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,11 @@ class Daemon:
             await stack.enter_async_context(self._restored(models))
             await jobs.start()
             readiness.set(Part.JOBS, ready=True)
+            if config.yield_to_inference:
+                yielding = Yielding(
+                    router.traffic, device=lambda: engines.device, tell=jobs.yield_to_inference
+                )
+                await stack.enter_async_context(_in_background(yielding.run(), "yielding"))
 
             rpc.add(
                 training=TrainingServicer(jobs),
@@ -172,12 +178,8 @@ class Daemon:
             self._readiness.set(Part.MODELS, ready=True)
 
         self._readiness.set(Part.MODELS, ready=False, reason="models are being loaded")
-        task = asyncio.create_task(restore(), name="restore-models")
-        try:
+        async with _in_background(restore(), "restore-models"):
             yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -190,3 +192,21 @@ class Daemon:
             logging.shutdown()
             os._exit(_FORCED_STATUS)
         self._stop.set()
+
+
+@asynccontextmanager
+async def _in_background(work: Coroutine[None, None, None], name: str) -> AsyncIterator[None]:
+    """`work` runs beside the block and is given up at its end; a fault of it is logged, and harms nobody."""
+
+    async def guarded() -> None:
+        try:
+            await work
+        except Exception:
+            log.exception("%s failed", name)
+
+    task = asyncio.create_task(guarded(), name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

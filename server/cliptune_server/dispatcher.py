@@ -146,6 +146,15 @@ class Dispatcher:
         run.cancelling = True
         self.spawn(self._escalate(run))
 
+    def yield_to_inference(self, device: str, seconds: float) -> None:
+        """Asks the trainers of a device to leave it to inference, those that are attached."""
+        command = job_pb2.JobCommand(yield_to_inference=job_pb2.YieldToInferenceCommand(seconds=seconds))
+        # Without an id: no event tells of it, and nothing is repeated to a trainer that dials in later.
+        instruction = trainer_pb2.Instruction(command=command)
+        for job in self._live.values():
+            if job.run is not None and job.run.holds_device and job.record.device == device:
+                job.run.instruct(instruction)
+
     async def stop(self, grace_s: float) -> None:
         """Asks every trainer to checkpoint and leave; who is not done after `grace_s` goes on alone."""
         self.stopping = True

@@ -79,7 +79,11 @@ class EngineConfig:
 class EngineProcess:
     """A process that listens. `launch` makes it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, target: str, config: EngineConfig) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, target: str, config: EngineConfig, *, device: str
+    ) -> None:
+        self.device: Final = device
+        """What it chose: "cpu", "mps", "cuda", "cuda:1"."""
         self._process: Final = process
         self._config: Final = config
         options = [
@@ -125,7 +129,8 @@ class EngineProcess:
                 if not line:
                     status = await process.wait()
                     raise UnavailableError(f"the engine did not start: {describe_exit(status)}; see the log")
-            _log.info("an engine listens", extra={"engine": json.loads(line)})
+            said = json.loads(line)
+            _log.info("an engine listens", extra={"engine": said})
         except TimeoutError:
             await _end(process)
             limit_s = config.start_timeout_s
@@ -133,7 +138,7 @@ class EngineProcess:
         except BaseException:
             await _end(process)
             raise
-        return cls(process, f"unix:{socket}", config)
+        return cls(process, f"unix:{socket}", config, device=said["device"])
 
     @property
     def pid(self) -> int:

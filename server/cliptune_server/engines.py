@@ -97,6 +97,12 @@ class EngineSupervisor:
         """The process that answers now."""
         return self._active.pid if self._active else None
 
+    @property
+    def device(self) -> str:
+        """Of the engine that answers now: "cpu", "mps", "cuda:0". Empty while there is none."""
+        device = self._active.device if self._active else ""
+        return "cuda:0" if device == "cuda" else device
+
     async def start(self) -> None:
         """Begins; returns at once. The first engine is up a few seconds later."""
         self._folder = _socket_folder()

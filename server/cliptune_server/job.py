@@ -33,6 +33,8 @@ State: TypeAlias = job_pb2.JobState.ValueType
 # The code of the notice that tells of a crash; counted to bound retries, also over restarts of the daemon.
 CRASH_NOTICE: Final = "trainer-crashed"
 DEFAULT_MAX_RETRIES: Final = 2
+# An inference that needs more is no interlude: pause the job.
+LONGEST_YIELD_S: Final = 60.0
 
 FINAL_STATES: Final = frozenset({JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED})
 
@@ -53,7 +55,9 @@ TRANSITIONS: Final[Mapping[State, frozenset[State]]] = {
 ALLOWED_COMMANDS: Final[Mapping[State, frozenset[str]]] = {
     JOB_STATE_PREPARING: frozenset({"cancel"}),
     JOB_STATE_QUEUED: frozenset({"pause", "cancel"}),
-    JOB_STATE_RUNNING: frozenset({"pause", "cancel", "checkpoint", "evaluate", "set_learning_rate"}),
+    JOB_STATE_RUNNING: frozenset(
+        {"pause", "cancel", "checkpoint", "evaluate", "set_learning_rate", "yield_to_inference"}
+    ),
     JOB_STATE_PAUSED: frozenset({"resume", "cancel"}),
 }
 
@@ -83,6 +87,14 @@ def command_name(command: job_pb2.JobCommand) -> str:
         rate = command.set_learning_rate.learning_rate
         if not (math.isfinite(rate) and rate > 0):
             raise InvalidInputError(f"the learning rate must be a positive number, not {rate}", value=rate)
+    if name == "yield_to_inference":
+        seconds = command.yield_to_inference.seconds
+        if not 0 <= seconds <= LONGEST_YIELD_S:
+            raise InvalidInputError(
+                f"a job yields for 0 to {LONGEST_YIELD_S:g} s, not {seconds}: pause it for longer",
+                value=seconds,
+                allowed=f"0 to {LONGEST_YIELD_S:g}",
+            )
     return name
 
 
@@ -95,12 +107,14 @@ def check_command(state: State, name: str, *, holding: bool) -> None:
     if holding and state == JOB_STATE_PAUSED:
         allowed |= {"pause"}
     if name not in allowed:
-        listed = ", ".join(sorted(allowed)) or "none"
+        listed = ", ".join(sorted(allowed))
+        what = (
+            f"the job has ended ({state_name(state)})"
+            if state in FINAL_STATES
+            else (f"the job is {state_name(state)}, which allows {listed or 'no command'}")
+        )
         raise JobStateError(
-            f"cannot {name.replace('_', ' ')} a job that is {state_name(state)}; it allows: {listed}",
-            state=state_name(state),
-            command=name,
-            allowed=listed,
+            f"{name} is not possible: {what}", state=state_name(state), command=name, allowed=listed
         )
 
 

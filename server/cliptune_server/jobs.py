@@ -187,6 +187,10 @@ class Jobs:
             command_id=pending.instruction.command_id, event_number=number, job=await self.get(job_id)
         )
 
+    def yield_to_inference(self, device: str, seconds: float) -> None:
+        """Asks the trainers on a device ("mps", "cuda:0") to leave it to inference; 0: to go on. No event."""
+        self._dispatcher.yield_to_inference(device, seconds)
+
     async def watch(self, job_id: str, after_number: int = 0) -> AsyncGenerator[job_pb2.JobEvent]:
         """Every event with a greater number, in order, once; ends after the final one.
 

@@ -16,6 +16,7 @@ from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2
 from cliptune_server.bulk import BulkStream
 from cliptune_server.engines import EngineSupervisor
+from cliptune_server.traffic import Traffic
 
 MESSAGE_BYTES: Final = 256 * 1024 * 1024
 # Room for what the model's key adds to a message.
@@ -53,6 +54,8 @@ class Router:
     def __init__(
         self, engines: EngineSupervisor, catalog: Catalog, *, message_bytes: int = MESSAGE_BYTES
     ) -> None:
+        self.traffic: Final = Traffic()
+        """The requests under way."""
         self._engines: Final = engines
         self._catalog: Final = catalog
         self._message_bytes: Final = message_bytes
@@ -108,7 +111,7 @@ class Router:
             )
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         reference = request.model
-        with tracer().start_as_current_span(f"router.{name}", record_exception=False):
+        with self.traffic.request(), tracer().start_as_current_span(f"router.{name}", record_exception=False):
             request.model = await self._catalog.resolve(reference)
             try:
                 return await self._engines.call(pick, request, _left_s(deadline_s))

@@ -158,6 +158,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         _command(lambda c, o: c.set_learning_rate(o.job, o.learning_rate)),
     )
     rate.add_argument("learning_rate", type=float, help="such as 1e-5")
+    giving_way = action(
+        "yield",
+        "leave the device to inference for a while",
+        _command(lambda c, o: c.yield_to_inference(o.job, o.seconds)),
+    )
+    giving_way.add_argument("seconds", type=float, help="at most 60; 0 ends it")
     action("delete", "remove a job that has ended, with its checkpoints", _delete)
 
 
@@ -175,6 +181,7 @@ jobs = Verb(
         "cliptune jobs watch cells-7f3a --after 120",
         "cliptune jobs pause cells-7f3a",
         "cliptune jobs set-lr cells-7f3a 1e-5",
+        "cliptune jobs yield cells-7f3a 30",
         "cliptune jobs show cells-7f3a --json",
     ),
     add_arguments=_add_arguments,

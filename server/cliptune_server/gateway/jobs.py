@@ -16,7 +16,7 @@ from cliptune_server.gateway import events
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form
 from cliptune_server.gateway.problems import problems
-from cliptune_server.job import FINAL_STATES
+from cliptune_server.job import FINAL_STATES, LONGEST_YIELD_S
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="The job's id.", examples=["solar-cells-7f3a"])]
@@ -57,6 +57,13 @@ class LearningRate(BaseModel):
 
     model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"learning_rate": 1e-5}]})
     learning_rate: float = Field(gt=0, allow_inf_nan=False)
+
+
+class Yield(BaseModel):
+    """For how long."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra={"examples": [{"seconds": 30}]})
+    seconds: float = Field(ge=0, le=LONGEST_YIELD_S, allow_inf_nan=False, description="0 ends it.")
 
 
 @router.post(
@@ -198,3 +205,10 @@ async def set_learning_rate(request: Request, job_id: JobId, body: LearningRate)
     """Change the peak learning rate; the schedule's shape stays."""
     command = job_pb2.SetLearningRateCommand(learning_rate=body.learning_rate)
     return await _control(request, job_id, job_pb2.JobCommand(set_learning_rate=command))
+
+
+@router.post("/{job_id}/yield", summary="Yield to inference", **_CONTROL)
+async def yield_to_inference(request: Request, job_id: JobId, body: Yield) -> Response:
+    """Leave the device to inference for so long, from the next step's end."""
+    command = job_pb2.YieldToInferenceCommand(seconds=body.seconds)
+    return await _control(request, job_id, job_pb2.JobCommand(yield_to_inference=command))

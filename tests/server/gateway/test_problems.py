@@ -116,6 +116,7 @@ BAD_BODIES: dict[str, tuple[str, dict[str, Any], str]] = {
         {"content": b'{"learning_rate": ' + b"9" * 5000 + b"}", "headers": JSON},
         "",
     ),
+    "a yield for too long": ("/v1/jobs/x/yield", {"json": {"seconds": 61}}, "60"),
     "NaN": ("/v1/jobs/x/learning-rate", {"content": b'{"learning_rate": NaN}', "headers": JSON}, "finite"),
     "no input": ("/v1/embeddings", {"json": {"input": []}}, "input is empty"),
     "token numbers": ("/v1/embeddings", {"json": {"input": [1, 2]}}, "input[0]: an input is a text"),

@@ -83,6 +83,10 @@ def train(
         except queue.Empty:
             continue
         name = command_name(instruction)
+        if not instruction.command_id and name == "yield_to_inference":  # the daemon's own doing
+            told = job_pb2.LogLine(message=f"yields {instruction.command.yield_to_inference.seconds:g} s")
+            journal.append(job_pb2.JobEvent(log=told))
+            continue
         if name in ("pause", "suspend", "checkpoint"):
             checkpoint()
         if name != "suspend":

@@ -108,6 +108,33 @@ async def test_a_running_job_obeys_a_checkpoint_command_and_refuses_resume(tmp_p
             await jobs.control(job.id, PAUSE)
 
 
+async def test_a_running_job_yields_on_command_and_as_the_daemon_tells_its_device(tmp_path: Path) -> None:
+    def lines(events: list[job_pb2.JobEvent]) -> list[str]:
+        return [event.log.message for event in events if event.HasField("log")]
+
+    async with open_jobs(tmp_path) as jobs:
+        on_mps = await create(jobs, peer_spec(tmp_path, "on-mps", steps=LONG, device="mps"))
+        on_cuda = await create(jobs, peer_spec(tmp_path, "on-cuda", steps=LONG, device="cuda"))
+        for job in (on_mps, on_cuda):
+            await collect(jobs, job.id, until=at_step(1))
+        command = job_pb2.YieldToInferenceCommand(seconds=5)
+        answer = await jobs.control(on_mps.id, job_pb2.JobCommand(yield_to_inference=command))
+        assert answer.job.state == JOB_STATE_RUNNING
+        for device, seconds in (("cuda:1", 9), ("cuda:0", 0.5), ("cuda:0", 0), ("mps", 0.25)):
+            jobs.yield_to_inference(device, seconds)
+        seen = [
+            await collect(jobs, job.id, until=lambda event, last=last: event.log.message == last)
+            for job, last in ((on_mps, "yields 0.25 s"), (on_cuda, "yields 0 s"))
+        ]
+        assert [lines(events) for events in seen] == [["yields 0.25 s"], ["yields 0.5 s", "yields 0 s"]]
+        commands = [[e.command.command for e in events if e.HasField("command")] for events in seen]
+        assert commands == [["yield_to_inference"], []]
+        queued = await create(jobs, peer_spec(tmp_path, "queued", steps=LONG, device="mps"))
+        await collect(jobs, queued.id, until=in_state(JOB_STATE_QUEUED))
+        with pytest.raises(JobStateError, match="QUEUED, which allows cancel, pause"):
+            await jobs.control(queued.id, job_pb2.JobCommand(yield_to_inference=command))
+
+
 async def test_a_killed_trainer_is_retried_from_its_checkpoint(tmp_path: Path) -> None:
     async with open_jobs(tmp_path) as jobs:
         job = await create(jobs, peer_spec(tmp_path, steps=LONG))

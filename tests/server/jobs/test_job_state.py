@@ -32,7 +32,7 @@ from cliptune_server.job import (
     judge,
 )
 
-COMMANDS = ("pause", "resume", "cancel", "checkpoint", "evaluate", "set_learning_rate")
+COMMANDS = ("pause", "resume", "cancel", "checkpoint", "evaluate", "set_learning_rate", "yield_to_inference")
 
 
 def record(state: State, *, crashes: int = 0, max_retries: int | None = None) -> JobRecord:
@@ -50,7 +50,10 @@ def ending(outcome: trainer_pb2.Outcome.ValueType | None = None, *, wanted: str 
     [
         (JOB_STATE_PREPARING, {"cancel"}),
         (JOB_STATE_QUEUED, {"pause", "cancel"}),
-        (JOB_STATE_RUNNING, {"pause", "cancel", "checkpoint", "evaluate", "set_learning_rate"}),
+        (
+            JOB_STATE_RUNNING,
+            {"pause", "cancel", "checkpoint", "evaluate", "set_learning_rate", "yield_to_inference"},
+        ),
         (JOB_STATE_PAUSED, {"resume", "cancel"}),
         (JOB_STATE_SUCCEEDED, set()),
         (JOB_STATE_FAILED, set()),
@@ -83,6 +86,20 @@ def test_an_ended_job_changes_no_more() -> None:
 def test_a_learning_rate_that_is_no_positive_number_is_refused(rate: float) -> None:
     command = job_pb2.JobCommand(set_learning_rate=job_pb2.SetLearningRateCommand(learning_rate=rate))
     with pytest.raises(InvalidInputError, match="learning rate"):
+        command_name(command)
+
+
+@pytest.mark.parametrize("state", [JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED])
+def test_a_command_to_a_job_that_has_ended_is_told_so(state: State) -> None:
+    name = job_pb2.JobState.Name(state).removeprefix("JOB_STATE_")
+    with pytest.raises(JobStateError, match=rf"pause is not possible: the job has ended \({name}\)"):
+        check_command(state, "pause", holding=False)
+
+
+@pytest.mark.parametrize("seconds", [-0.1, 60.5, float("nan"), float("inf")])
+def test_a_job_yields_for_a_minute_at_most(seconds: float) -> None:
+    command = job_pb2.JobCommand(yield_to_inference=job_pb2.YieldToInferenceCommand(seconds=seconds))
+    with pytest.raises(InvalidInputError, match="0 to 60 s"):
         command_name(command)
 
 
