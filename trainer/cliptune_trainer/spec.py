@@ -19,6 +19,7 @@ from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.schedule import SHAPES
 
 AUGMENTATIONS: Final = ("none", "flip", "crop")
+DECODES: Final = ("auto", "exact", "fast")
 PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16")
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
@@ -38,15 +39,18 @@ class DataConfig:
     validation_fraction: float = 0.1
     max_bad_fraction: float = 0.01
     augmentation: str = "none"
-    workers: int = 0
+    workers: int | None = None  # chosen by device, cores and rows
+    decode: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise wrong("data.train", "empty", "a CSV or TSV file with a header row")
+            raise wrong("data.train", "empty", "a CSV or TSV file with a header row, or tar shards")
         _within("data.validation_fraction", self.validation_fraction, 0.0, 0.9)
         _within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
         _one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
-        _within("data.workers", self.workers, 0, 256)
+        if self.workers is not None:
+            _within("data.workers", self.workers, 0, 256)
+        _one_of("data.decode", self.decode, DECODES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +175,8 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
             validation_fraction=data.validation_fraction if data.HasField("validation_fraction") else 0.1,
             max_bad_fraction=data.max_bad_fraction if data.HasField("max_bad_fraction") else 0.01,
             augmentation=data.augmentation or "none",
-            workers=data.workers,
+            workers=data.workers if data.HasField("workers") else None,
+            decode=data.decode or "auto",
         ),
         train=TrainConfig(
             epochs=train.epochs if train.HasField("epochs") else 5,

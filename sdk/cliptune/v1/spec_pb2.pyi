@@ -116,16 +116,21 @@ class DataSpec(google.protobuf.message.Message):
     MAX_BAD_FRACTION_FIELD_NUMBER: builtins.int
     AUGMENTATION_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
     train: builtins.str
-    """A CSV or TSV file (".tsv") with a header row."""
+    """A CSV or TSV file (".tsv") with a header row; or tar shards in WebDataset's layout (NAME.jpg with NAME.txt or
+    NAME.json): one ".tar", a pattern ("shards/{000..127}.tar", "shards/*.tar") or a folder of them.
+    """
     validation: builtins.str
-    """A second file of the same form. Empty: rows of `train` chosen by `split_column` or `validation_fraction`."""
+    """A second one of the same forms. Empty: rows of `train` chosen by `split_column` or `validation_fraction`."""
     image_root: builtins.str
     """Folder that relative image paths start from. Empty: the file's own folder."""
     image_column: builtins.str
-    """Default "image"."""
+    """Default "image". Shards need none."""
     caption_column: builtins.str
-    """Default "caption"."""
+    """Default "caption". In shards a column is a field of NAME.json or a member NAME.COLUMN; a caption that is
+    neither is NAME.txt.
+    """
     label_column: builtins.str
     """Class of the image for zero-shot metrics. Empty: none."""
     split_column: builtins.str
@@ -139,7 +144,12 @@ class DataSpec(google.protobuf.message.Message):
     augmentation: builtins.str
     """"none", "flip" or "crop". Default "none"."""
     workers: builtins.int
-    """Loader processes. Default 0: rows are read in the trainer itself, in threads."""
+    """Loader processes; 0: rows are read in the trainer itself, in threads. Default: by device, cores and rows."""
+    decode: builtins.str
+    """How training images are decoded. "exact": as open_clip's evaluation transform, to the bit. "fast": a JPEG of
+    twice the needed size or more is decoded at a half, a quarter or an eighth of it. "auto": fast where a GPU
+    waits for images. Evaluation is always exact. Default "auto".
+    """
     def __init__(
         self,
         *,
@@ -155,9 +165,10 @@ class DataSpec(google.protobuf.message.Message):
         max_bad_fraction: builtins.float | None = ...,
         augmentation: builtins.str = ...,
         workers: builtins.int | None = ...,
+        decode: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "max_bad_fraction", b"max_bad_fraction", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "augmentation", b"augmentation", "caption_column", b"caption_column", "group_column", b"group_column", "image_column", b"image_column", "image_root", b"image_root", "label_column", b"label_column", "max_bad_fraction", b"max_bad_fraction", "split_column", b"split_column", "train", b"train", "validation", b"validation", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "augmentation", b"augmentation", "caption_column", b"caption_column", "decode", b"decode", "group_column", b"group_column", "image_column", b"image_column", "image_root", b"image_root", "label_column", b"label_column", "max_bad_fraction", b"max_bad_fraction", "split_column", b"split_column", "train", b"train", "validation", b"validation", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_bad_fraction", b"_max_bad_fraction"]) -> typing.Literal["max_bad_fraction"] | None: ...
     @typing.overload

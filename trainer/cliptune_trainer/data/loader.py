@@ -78,12 +78,13 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
-        workers: int = 0,
+        workers: int | None = 0,
         max_bad: int = 0,
         bad_rows: Sequence[int] = (),
         on_bad_row: Callable[[Pair, str], None] = lambda pair, reason: None,
         on_workers_lost: Callable[[], None] = lambda: None,
     ) -> None:
+        workers = workers or 0
         self._pairs, self._decoder, self._tokenize = pairs, decoder, tokenize
         self._batch_size, self._seed, self._max_bad = batch_size, seed, max_bad
         self._on_bad_row, self._on_workers_lost = on_bad_row, on_workers_lost
