@@ -91,6 +91,7 @@ RULES: Final[dict[str, Rule]] = {
     "data.max_bad_fraction": Range(0, 1),
     "data.augmentation": Choice(("none", "flip", "crop")),
     "data.workers": Range(0, 256),
+    "data.decode": Choice(("auto", "exact", "fast")),
     "train.epochs": _AT_LEAST_ONE,
     "train.max_steps": _AT_LEAST_ONE,
     "train.batch_size": Range(2),  # one pair has nothing to contrast with
@@ -162,7 +163,7 @@ def _allowed(path: str) -> str:
         return RULES[path].allowed
     return {
         "model.name": "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH or registry:NAME",
-        "data.train": "the path of a CSV or TSV file with a header row",
+        "data.train": "the path of a CSV or TSV file with a header row, or of tar shards",
     }[path]
 
 
