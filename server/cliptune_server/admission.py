@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,13 +21,22 @@ _LOCAL_MODEL: Final = "local-dir:"
 _REGISTRY: Final = "registry:"
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Publication:
+    """What became of an export."""
+
+    model: job_pb2.ModelPublished
+    not_loaded: str = ""
+    """For the user: why it is not served although its spec says so. Empty when all is as wanted."""
+
+
 class Publisher(Protocol):
     """Takes finished models into the registry (`models.py`)."""
 
     async def publish(
         self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
-    ) -> job_pb2.ModelPublished:
-        """Publishes an exported model; a second call for one job gives the first one's answer."""
+    ) -> Publication:
+        """Publishes an exported model; a second call for one job gives the first one's version."""
         ...
 
     async def resolve_source(self, name: str) -> str:

@@ -37,8 +37,8 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_QUEUED,
     JOB_STATE_UNSPECIFIED,
 )
-from cliptune_server.admission import Publisher
-from cliptune_server.job import CRASH_NOTICE, Ending, Verdict, judge, state_name
+from cliptune_server.admission import Publication, Publisher
+from cliptune_server.job import CRASH_NOTICE, NOT_LOADED_NOTICE, Ending, Verdict, judge, state_name
 from cliptune_server.job_folder import JobFolder, LaunchNote
 from cliptune_server.launcher import Launcher, LaunchOrder
 from cliptune_server.link import Attachment, LinkService
@@ -82,7 +82,7 @@ class Dispatcher:
         self._threads = threads
         self._preparing = asyncio.Semaphore(max_preparing)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._publishing: dict[str, asyncio.Task[job_pb2.ModelPublished]] = {}
+        self._publishing: dict[str, asyncio.Task[Publication]] = {}
 
     # --- towards the jobs
 
@@ -312,7 +312,9 @@ class Dispatcher:
                 )
                 self._publishing[job.id] = asyncio.ensure_future(work)
                 answer = await self._publishing[job.id]
-                published.append(job_pb2.JobEvent(published=answer))
+                published.append(job_pb2.JobEvent(published=answer.model))
+                if answer.not_loaded:
+                    published.append(notice_event(NOT_LOADED_NOTICE, answer.not_loaded))
         except DiskFullError as error:
             reason = f"{error.message}; a resume publishes the model"
             await job.enter(JOB_STATE_PAUSED, reason, error=to_detail(error), attempt=attempt)

@@ -32,6 +32,8 @@ State: TypeAlias = job_pb2.JobState.ValueType
 
 # The code of the notice that tells of a crash; counted to bound retries, also over restarts of the daemon.
 CRASH_NOTICE: Final = "trainer-crashed"
+# The code of the notice that a published model is not served, although that was asked for.
+NOT_LOADED_NOTICE: Final = "model-not-loaded"
 DEFAULT_MAX_RETRIES: Final = 2
 # An inference that needs more is no interlude: pause the job.
 LONGEST_YIELD_S: Final = 60.0

@@ -19,13 +19,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
+from cliptune_server.admission import Publication
 from cliptune_server.home import write_json
 from cliptune_server.loaded import LoadedModels
 from cliptune_server.model_files import PublishedModel, check_name
@@ -96,11 +97,11 @@ class Models:
 
     async def publish(
         self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
-    ) -> job_pb2.ModelPublished:
+    ) -> Publication:
         """Take a job's export into the registry, set its aliases and serve it as its spec says.
 
         The same job publishes once, however often this is called. A model that the engine cannot load now is
-        published all the same; an alias that is being served then stays where it was.
+        published all the same, and the answer says so; an alias that is served then stays where it was.
         """
         for alias in publish.aliases:
             check_name(alias, "alias")
@@ -205,16 +206,18 @@ class Models:
 
     async def _publish(
         self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
-    ) -> job_pb2.ModelPublished:
+    ) -> Publication:
         model = await self._registry.publish(export_dir, name=publish.model, job_id=job_id, metrics=metrics)
         names = [Reference(name=model.name, alias=alias) for alias in dict.fromkeys(publish.aliases)]
         serve = publish.serve or not publish.HasField("serve")
         swapped = {name for name in names if name in self._served or self.catalog.find(name)}
+        not_loaded = ""
         if serve or swapped:
             try:
                 await self._load(model)
             except CliptuneError as error:
-                log.warning("%s is published but cannot be served now: %s", model.key, error.message)
+                not_loaded = _not_loaded(model, error, swapped)
+                log.warning("%s", not_loaded)
                 names = [name for name in names if name not in swapped]
                 swapped.clear()
         for name in names:
@@ -223,7 +226,8 @@ class Models:
             swapped.update(names or [Reference(name=model.name)])
         await self._serve(*swapped)
         aliases = self.catalog.aliases(model.name, model.version)
-        return job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
+        published = job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
+        return Publication(model=published, not_loaded=not_loaded)
 
     async def _load(self, model: PublishedModel) -> None:
         if model.key not in self.catalog:
@@ -300,6 +304,12 @@ class Models:
         )
         message.created.FromDatetime(model.created)
         return message
+
+
+def _not_loaded(model: PublishedModel, error: CliptuneError, kept: Collection[Reference]) -> str:
+    stays = f"; what is served stays as it was ({', '.join(sorted(map(str, kept)))})" * bool(kept)
+    again = f"`cliptune models load {model.key}` tries again"
+    return f"{model.key} is published, and not loaded for inference: {error.message}{stays}; {again}"
 
 
 def _read_serving(path: Path) -> list[str]:

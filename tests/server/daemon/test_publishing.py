@@ -46,18 +46,20 @@ async def test_jobs_publish_versions_that_replace_each_other_under_their_aliases
         return tmp_path / f"export{seed}"
 
     live = PublishSpec(model="shapes", aliases=["prod", "live"])
-    first = await models.publish("job-1", live, export(1), {"auroc": 0.5})
+    published = await models.publish("job-1", live, export(1), {"auroc": 0.5})
+    first = published.model
+    assert published.not_loaded == ""
     assert (first.name, first.version, list(first.aliases)) == ("shapes", 1, ["live", "prod"])
     assert await loaded(models) == ["shapes:1"]
-    assert await models.publish("job-1", live, tmp_path / "export1", {}) == first
+    assert await models.publish("job-1", live, tmp_path / "export1", {}) == published
 
-    second = await models.publish("job-2", live, export(2), {})
+    second = (await models.publish("job-2", live, export(2), {})).model
     assert (second.version, list(second.aliases)) == (2, ["live", "prod"])
     assert await loaded(models) == ["shapes:2"]
     assert await models.catalog.resolve("shapes@prod") == "shapes:2"
 
     quiet = PublishSpec(model="shapes", aliases=["candidate"], serve=False)
-    third = await models.publish("job-3", quiet, export(3), {})
+    third = (await models.publish("job-3", quiet, export(3), {})).model
     assert (third.version, list(third.aliases)) == (3, ["candidate"])
     assert await loaded(models) == ["shapes:2"]
     assert await models.catalog.resolve("shapes") == "shapes:2"
@@ -70,7 +72,15 @@ async def test_jobs_publish_versions_that_replace_each_other_under_their_aliases
     # Weights that no engine can load: kept as a version, but what is served stays served.
     broken = export(4)
     (broken / "open_clip_model.safetensors").write_bytes(b"not weights")
-    fourth = await models.publish("job-4", live, broken, {})
+    published = await models.publish("job-4", live, broken, {})
+    fourth = published.model
     assert (fourth.version, list(fourth.aliases)) == (4, [])
     assert await loaded(models) == ["shapes:2"]
     assert await models.catalog.resolve("shapes@prod") == "shapes:2"
+    assert "shapes:4 is published, and not loaded for inference" in published.not_loaded
+    assert "what is served stays as it was (shapes@live, shapes@prod)" in published.not_loaded
+    # A version that is not to be served and touches no served alias is not tried at all.
+    aside = PublishSpec(model="shapes", aliases=["aside"], serve=False)
+    worse = export(5)
+    (worse / "open_clip_model.safetensors").write_bytes(b"not weights")
+    assert (await models.publish("job-5", aside, worse, {})).not_loaded == ""

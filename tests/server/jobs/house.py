@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from cliptune.v1 import job_pb2, spec_pb2, training_pb2
-from cliptune_server.admission import Publisher
+from cliptune_server.admission import Publication, Publisher
 from cliptune_server.config import JobsConfig
 from cliptune_server.database import Database
 from cliptune_server.home import Home
@@ -28,17 +28,19 @@ Predicate = Callable[[job_pb2.JobEvent], bool]
 
 
 class FolderPublisher:
-    """A registry of one folder: every job becomes version 1 of its name."""
+    """A registry of one folder: every job becomes version 1 of its name, served if `not_loaded` is empty."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, not_loaded: str = "") -> None:
         self.published: list[str] = []
+        self._not_loaded = not_loaded
 
     async def publish(
         self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
-    ) -> job_pb2.ModelPublished:
+    ) -> Publication:
         assert await asyncio.to_thread(export_dir.is_dir)
         self.published.append(job_id)
-        return job_pb2.ModelPublished(name=publish.model, version=1)
+        model = job_pb2.ModelPublished(name=publish.model, version=1)
+        return Publication(model=model, not_loaded=self._not_loaded)
 
     async def resolve_source(self, name: str) -> str:
         return name

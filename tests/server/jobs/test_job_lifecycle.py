@@ -76,6 +76,16 @@ async def test_a_job_prepares_queues_runs_and_is_published(tmp_path: Path) -> No
         assert jobs.snapshot().by_state == {"SUCCEEDED": 1}
 
 
+async def test_a_model_that_is_published_and_cannot_be_loaded_is_told_by_a_notice(tmp_path: Path) -> None:
+    async with open_jobs(tmp_path, publisher=FolderPublisher(not_loaded="no room on the device")) as jobs:
+        job = await create(jobs, peer_spec(tmp_path, steps=2))
+        *_, published, notice, last = await collect(jobs, job.id)
+        assert published.published.version == 1
+        assert (notice.notice.code, notice.notice.message) == ("model-not-loaded", "no room on the device")
+        assert notice.notice.severity == job_pb2.SEVERITY_WARNING
+        assert last.state.state == JOB_STATE_SUCCEEDED
+
+
 async def test_pause_frees_the_device_and_resume_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
     async with open_jobs(tmp_path) as jobs:
         job = await create(jobs, peer_spec(tmp_path, steps=LONG))
