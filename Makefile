@@ -29,6 +29,7 @@ lint: setup $(BUF) $(PROTO_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench scripts
 	cd proto && ../$(BUF) lint
 	$(BIN)/python -m scripts.proto --check
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.catalog import benchmarks
-from bench.record import Result, stored_results, table
+from bench.record import Result, stored_results, tables
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
@@ -32,7 +32,7 @@ def page(results: Sequence[Result]) -> str:
     for result in results:
         versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
         parts.append(
-            f"## {result.name}: {result.device}\n\n{about[result.name]}\n\n{table(result.rows)}\n\n"
+            f"## {result.name}: {result.device}\n\n{about[result.name]}\n\n{tables(result)}\n\n"
             f"`{result.command}`, {result.date}; {versions}.\n"
         )
     return "\n".join(parts)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import turns
 from bench.catalog import benchmarks
-from bench.record import RESULTS, Result, Row, stored_results, table
+from bench.record import RESULTS, Result, Row, gpu, stored_results, table, tables
 from scripts.benchmarks import PAGE, page
 
 
@@ -39,14 +39,34 @@ def test_a_result_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert stored_results(tmp_path) == [result]
 
 
+def test_a_benchmark_may_have_columns_of_its_own_and_further_tables(tmp_path: Path) -> None:
+    rows = [
+        {"model": "ViT-B/32", "batch": 1024, "ours_per_s": 8394.4},
+        {"model": "b", "batch": 2, "ours_per_s": 0.5},
+    ]
+    result = Result.of("startup", rows, device=gpu("NVIDIA H100 80GB HBM3"), more={"Variants": [row("s")]})
+    assert result.store(tmp_path).name == "startup.h100.json"
+    assert stored_results(tmp_path) == [result]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables(result).splitlines()]
+    assert lines[0] == ["model", "batch", "ours per s"]
+    assert lines[2:4] == [["ViT-B/32", "1,024", "8,394"], ["b", "2", "0.5"]]
+    assert lines[5] == ["Variants"]
+
+
+def test_a_gpu_goes_by_the_name_that_people_use() -> None:
+    full = ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce RTX 4090", "Apple M2 Pro", "Tesla T4")
+    assert [gpu(name) for name in full] == ["h200", "a100-sxm4-80gb", "rtx 4090", "m2 pro", "t4"]
+
+
 def test_a_table_has_a_line_for_each_row_and_columns_that_line_up() -> None:
-    lines = table([row("s"), row("images/s")]).splitlines()
+    lines = table([row("s").columns(), row("images/s").columns()]).splitlines()
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == [
         "a case",
-        "2 s",
+        "2",
+        "3",
         "the peer",
-        "3 s",
-        "1.50",
+        "s",
+        "1.5",
     ]
     assert len(lines) == 4
     assert len({len(line) for line in lines}) == 1
