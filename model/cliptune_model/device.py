@@ -1,7 +1,7 @@
-"""Which device, precision and thread count, each with its reason.
+"""The device itself: which one is used, what it holds, and waiting for it.
 
-Enters: what the user asked for ("auto" or a name). Leaves: a `Choice` that plans, logs and `cliptune doctor`
-show. Called by the trainer, the engine and doctor.
+Enters: what the user asked for ("auto" or a name), or a device. Leaves: a `Choice` that plans, logs and
+`cliptune doctor` show, or a number of bytes. Called by the trainer, the engine and doctor.
 """
 
 from __future__ import annotations
@@ -10,26 +10,24 @@ import os
 import platform
 import re
 import resource
-import subprocess
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Final
 
 import torch
 
 from cliptune.errors import InvalidInputError
+from cliptune_model import rules
+from cliptune_model.choice import Choice
+from cliptune_model.hardware import detect, host
 
-PRECISIONS: Final = ("fp32", "bf16", "fp16")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Choice:
-    """An automatic or a checked choice: what was decided, the value, and why."""
-
-    subject: str
-    value: str
-    reason: str
+__all__ = [
+    "Choice",
+    "choose_device",
+    "choose_precision",
+    "choose_threads",
+    "device_memory_bytes",
+    "devices",
+    "synchronize",
+]
 
 
 def choose_device(wanted: str) -> Choice:
@@ -42,7 +40,7 @@ def choose_device(wanted: str) -> Choice:
         if torch.cuda.is_available():
             return Choice(subject="device", value="cuda:0", reason=f"a GPU is here: {_cuda_name(0)}")
         if torch.backends.mps.is_available():
-            return Choice(subject="device", value="mps", reason=f"Apple's GPU is here: {chip_name()}")
+            return Choice(subject="device", value="mps", reason=f"Apple's GPU is here: {host().chip}")
         return Choice(subject="device", value="cpu", reason=f"no GPU: {_no_cuda()}; {_no_mps()}")
     if wanted == "cpu":
         return Choice(subject="device", value="cpu", reason="asked for")
@@ -78,41 +76,21 @@ def devices() -> list[str]:
 
 
 def choose_precision(wanted: str, device: str) -> Choice:
-    """ "auto", "fp32", "bf16" or "fp16" for training on `device` → the precision of the forward pass.
-
-    Weights, loss and normalisation stay in fp32 whatever is chosen.
+    """ "auto", "fp32", "bf16" or "fp16" for training on `device`, whatever the workload.
 
     Raises:
         InvalidInputError: not such a name, or the device cannot do it.
     """
-    kind = torch.device(device).type
-    if wanted == "auto":
-        value, reason = _automatic_precision(kind, device)
-        return Choice(subject="precision", value=value, reason=reason)
-    if wanted not in PRECISIONS:
-        raise InvalidInputError(
-            f"unknown precision {wanted!r}: use auto, {', '.join(PRECISIONS)}",
-            allowed=", ".join(("auto", *PRECISIONS)),
-        )
-    if wanted == "bf16" and kind == "mps" and _macos_major() < 14:
-        raise InvalidInputError(
-            f"bf16 on mps needs macOS 14; this is macOS {platform.mac_ver()[0]}", allowed="auto, fp32, fp16"
-        )
-    return Choice(subject="precision", value=wanted, reason="asked for")
+    return rules.choose_precision(wanted, detect(device))
 
 
 def choose_threads(wanted: int | None) -> Choice:
-    """CPU threads of a process: `wanted`, or the cores that it may use.
+    """CPU threads of a process: `wanted`, or the fast cores that it may use.
 
     Raises:
         InvalidInputError: `wanted` is not positive.
     """
-    if wanted is not None:
-        if wanted < 1:
-            raise InvalidInputError(f"threads = {wanted}: at least 1 is needed")
-        return Choice(subject="threads", value=str(wanted), reason="asked for")
-    cores, reason = _usable_cores()
-    return Choice(subject="threads", value=str(cores), reason=reason)
+    return rules.choose_threads(wanted, host())
 
 
 def device_memory_bytes(device: str) -> int:
@@ -141,67 +119,6 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
-@cache
-def chip_name() -> str:
-    """The processor, as its system names it: "Apple M2 Pro", "Intel(R) Xeon(R) ..."."""
-    if platform.system() == "Darwin":
-        return _sysctl("machdep.cpu.brand_string") or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if match:
-            return match.group(1).strip()
-    return platform.processor() or platform.machine()
-
-
-def apple_generation() -> int:
-    """1 for M1, 2 for M2, ...; 0: not one of Apple's, or named otherwise."""
-    match = re.match(r"Apple M(\d+)", chip_name())
-    return int(match.group(1)) if match else 0
-
-
-def _automatic_precision(kind: str, device: str) -> tuple[str, str]:
-    if kind == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "this GPU computes bf16, which needs no loss scaling"
-        return "fp16", f"{_cuda_name(torch.device(device).index or 0)} has no bf16; fp16 with loss scaling"
-    if kind == "mps":
-        if apple_generation() in (1, 2):
-            return "fp32", f"{chip_name()} only emulates bf16"
-        if _macos_major() < 14:
-            return "fp32", f"bf16 on mps needs macOS 14; this is macOS {platform.mac_ver()[0]}"
-        return "bf16", f"{chip_name()} computes bf16, which needs no loss scaling"
-    return "fp32", "exact, and half precision is rarely faster on a CPU"
-
-
-def _usable_cores() -> tuple[int, str]:
-    if platform.system() == "Darwin":
-        fast = _sysctl("hw.perflevel0.physicalcpu")
-        if fast.isdigit() and int(fast) > 0:
-            return int(fast), "the performance cores; the efficiency cores would slow each step down"
-        return os.cpu_count() or 1, "the cores of the machine"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _container_cores()
-    if quota is not None and quota < cores:
-        return quota, f"the container's share of {cores} cores"
-    return cores, "the cores that this process may use"
-
-
-def _container_cores() -> int | None:
-    """Whole cores of a cgroup's quota, at least 1. None: no quota."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    try:
-        quota, period = path.read_text().split()
-        return None if quota == "max" else max(1, int(quota) // int(period))
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
-
-
-def _macos_major() -> int:
-    major = platform.mac_ver()[0].partition(".")[0]
-    return int(major) if major.isdigit() else 0
-
-
 def _cuda_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
@@ -218,13 +135,3 @@ def _no_mps() -> str:
     if not torch.backends.mps.is_built():
         return "this torch was built without MPS"
     return "macOS offers no Metal device (it may be too old, a virtual machine, or an Intel build of Python)"
-
-
-@cache
-def _sysctl(name: str) -> str:
-    """A value of macOS's sysctl; empty when it has none."""
-    try:
-        answer = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return answer.stdout.strip() if answer.returncode == 0 else ""

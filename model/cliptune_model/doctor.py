@@ -73,8 +73,9 @@ def diagnose(home: Path, wanted_device: str = "auto") -> Iterator[Check]:
     if imports.status == "fail":
         return
     from cliptune_model import device as devices
+    from cliptune_model.hardware import host
 
-    yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {devices.chip_name()}"))
+    yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {host().chip}"))
     chosen: list[str] = []
 
     def choose() -> Answer:
@@ -91,7 +92,7 @@ def diagnose(home: Path, wanted_device: str = "auto") -> Iterator[Check]:
 
 
 def _proofs(device: str) -> Iterator[Check]:
-    from cliptune_model import proofs
+    from cliptune_model import proving as proofs
     from cliptune_model.pixels import FORMATS
 
     def gradients() -> Answer:

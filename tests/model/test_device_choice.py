@@ -8,7 +8,6 @@ import torch
 from cliptune.errors import InvalidInputError
 from cliptune_model.device import (
     Choice,
-    chip_name,
     choose_device,
     choose_precision,
     choose_threads,
@@ -54,24 +53,6 @@ def test_precision_on_the_cpu_is_exact_unless_asked_otherwise() -> None:
         choose_precision("int8", "cpu")
 
 
-@pytest.mark.parametrize(
-    ("chip", "macos", "value"), [("Apple M1", "15.1", "fp32"), ("Apple M2 Max", "15.1", "fp32"),
-                                 ("Apple M3 Pro", "15.1", "bf16"), ("Apple M7", "26.0", "bf16"),
-                                 ("Apple M4", "13.6", "fp32")],
-)  # fmt: skip
-def test_precision_on_a_mac_follows_its_chip(
-    monkeypatch: pytest.MonkeyPatch, chip: str, macos: str, value: str
-) -> None:
-    monkeypatch.setattr("cliptune_model.device.chip_name", lambda: chip)
-    monkeypatch.setattr("platform.mac_ver", lambda: (macos, ("", "", ""), "arm64"))
-    choice = choose_precision("auto", "mps")
-    assert choice.value == value
-    assert chip in choice.reason or macos in choice.reason
-    if macos.startswith("13"):
-        with pytest.raises(InvalidInputError, match="macOS 14"):
-            choose_precision("bf16", "mps")
-
-
 def test_threads_are_the_usable_cores_unless_asked_otherwise() -> None:
     assert int(choose_threads(None).value) >= 1
     assert choose_threads(3) == Choice(subject="threads", value="3", reason="asked for")
@@ -85,7 +66,3 @@ def test_memory_of_the_cpu_grows_with_what_is_held() -> None:
     assert device_memory_bytes("cpu") - before > 48 * 2**20
     assert held.numel()
     synchronize("cpu")
-
-
-def test_the_chip_has_a_name() -> None:
-    assert chip_name()

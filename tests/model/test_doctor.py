@@ -17,7 +17,7 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cliptune_model import doctor as doctor_module
-from cliptune_model import proofs
+from cliptune_model import proving as proofs
 from cliptune_model.cli import doctor
 from cliptune_model.doctor import Check, diagnose
 
