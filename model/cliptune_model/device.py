@@ -17,7 +17,7 @@ import torch
 from cliptune.errors import InvalidInputError
 from cliptune_model import rules
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import detect, host
+from cliptune_model.hardware import available_bytes, detect, host
 
 __all__ = [
     "Choice",
@@ -26,6 +26,8 @@ __all__ = [
     "choose_threads",
     "device_memory_bytes",
     "devices",
+    "free_memory_bytes",
+    "memory_limit_bytes",
     "synchronize",
 ]
 
@@ -108,6 +110,34 @@ def device_memory_bytes(device: str) -> int:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else peak * 1024
+
+
+def memory_limit_bytes(device: str) -> int:
+    """Bytes that this process may come to hold on `device`, whatever others hold now."""
+    kind = torch.device(device).type
+    machine = detect(device)
+    if kind == "cuda":
+        fraction = torch.cuda.get_per_process_memory_fraction(device)
+        return int(machine.gpu_memory_bytes * fraction)
+    return machine.gpu_memory_bytes if kind == "mps" else machine.memory_bytes
+
+
+def free_memory_bytes(device: str) -> int:
+    """Bytes that this process can still take on `device`, beside what it holds and what others hold.
+
+    What torch's allocator keeps for reuse counts as free.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        within_limit = memory_limit_bytes(device) - torch.cuda.memory_reserved(device)
+        return max(0, min(torch.cuda.mem_get_info(device)[0], within_limit) + reusable)
+    if kind == "mps":
+        reusable = torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory()
+        return max(
+            0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory() + max(0, reusable)
+        )
+    return available_bytes()
 
 
 def synchronize(device: str) -> None:

@@ -21,6 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from cliptune_model.container import container_limits, number_of, text_of
+
 GIB: Final = 2**30
 
 
@@ -60,9 +62,6 @@ _SYSCTL_NAMES: Final = (
     "kern.osproductversion",
     "sysctl.proc_translated",
 )
-_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
-# cgroup v1 writes "no limit" as a huge number of bytes.
-_NO_LIMIT_BYTES: Final = 2**60
 _MATMUL_SIDE: Final = 2048
 _MATMUL_TIME_S: Final = 0.2
 
@@ -172,6 +171,16 @@ def recommended_bytes(memory_bytes: int) -> int:
     return int(memory_bytes * share)
 
 
+def available_bytes() -> int:
+    """RAM that this process could still take without swapping, within its container's limit.
+
+    macOS tells no such number without its own tools; there half of the RAM stands for it.
+    """
+    told = re.search(r"^MemAvailable:\s*(\d+) kB", text_of(Path("/proc/meminfo")), re.MULTILINE)
+    available = int(told.group(1)) * 1024 if told else host().memory_bytes // 2
+    return min(available, container_limits().free_bytes(default=available))
+
+
 def parse_sysctl(told: str) -> dict[str, str]:
     """ "name: value" lines of macOS's sysctl."""
     return {
@@ -187,7 +196,7 @@ def apple_host(told: Mapping[str, str], *, architecture: str = "arm64") -> Machi
     # Under Rosetta the processor calls itself "VirtualApple @ 2.50GHz".
     rosetta = told.get("sysctl.proc_translated") == "1" or chip.startswith("VirtualApple")
     generation, variant = apple_chip(chip)
-    cores = _number(told.get("hw.physicalcpu")) or os.cpu_count() or 1
+    cores = number_of(told.get("hw.physicalcpu")) or os.cpu_count() or 1
     return Machine(
         system="Darwin",
         os_version=told.get("kern.osproductversion", "") or platform.mac_ver()[0],
@@ -195,9 +204,9 @@ def apple_host(told: Mapping[str, str], *, architecture: str = "arm64") -> Machi
         chip=chip,
         generation=generation,
         variant=variant,
-        memory_bytes=_number(told.get("hw.memsize")),
+        memory_bytes=number_of(told.get("hw.memsize")),
         cores=cores,
-        performance_cores=_number(told.get("hw.perflevel0.physicalcpu")) or cores,
+        performance_cores=number_of(told.get("hw.perflevel0.physicalcpu")) or cores,
         rosetta=rosetta,
     )
 
@@ -257,37 +266,13 @@ def timed_tflops(device: str) -> float:
     return 2 * _MATMUL_SIDE**3 * done / elapsed_s / 1e12
 
 
-def cgroup_limits(root: Path, membership: str) -> tuple[int | None, int | None]:
-    """(bytes, whole cores) that control groups leave to a process; None: no limit.
-
-    Args:
-        root: where the control groups are mounted.
-        membership: the text of /proc/self/cgroup. In a container its path may be one of the host's, which is
-            not there: then the root's own limits count. Limits of every parent count too.
-    """
-    memory: list[int] = []
-    cores: list[int] = []
-    for line in membership.splitlines() or ["0::/"]:
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        bases = [root / name for name in controllers.split(",") if name in ("memory", "cpu")] or [root]
-        for base in bases:
-            folder = base / path.strip("/")
-            for place in (folder, *folder.parents):
-                if not place.is_relative_to(base):
-                    break
-                memory += _limit_bytes(place / "memory.max") + _limit_bytes(place / "memory.limit_in_bytes")
-                cores += _quota_cores(place)
-    return min(memory, default=None), min(cores, default=None)
-
-
 def _other_host() -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit_bytes, quota = cgroup_limits(_CGROUP_ROOT, _text(Path("/proc/self/cgroup")))
-    usable_bytes = min(memory_bytes, limit_bytes or memory_bytes)
-    usable_cores = min(cores, quota or cores)
-    match = re.search(r"^model name\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    limits = container_limits()
+    usable_bytes = min(memory_bytes, limits.memory_bytes or memory_bytes)
+    usable_cores = min(cores, limits.cores or cores)
+    match = re.search(r"^model name\s*:\s*(.+)$", text_of(Path("/proc/cpuinfo")), re.MULTILINE)
     return Machine(
         system=platform.system(),
         os_version=platform.release(),
@@ -343,29 +328,3 @@ def _cpp_compiler() -> str:
         if name and (found := shutil.which(name)):
             return found
     return ""
-
-
-def _limit_bytes(path: Path) -> list[int]:
-    limit = _number(_text(path))
-    return [limit] if 0 < limit < _NO_LIMIT_BYTES else []
-
-
-def _quota_cores(folder: Path) -> list[int]:
-    """At least 1, when there is a quota."""
-    quota, _, period = _text(folder / "cpu.max").strip().partition(" ")
-    if not quota:
-        quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")
-    return [max(1, _number(quota) // _number(period))] if _number(quota) and _number(period) else []
-
-
-def _number(text: str | None) -> int:
-    """A positive number; 0 for anything else ("max", "-1", nothing)."""
-    text = (text or "").strip()
-    return int(text) if text.isdigit() else 0
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
