@@ -30,10 +30,15 @@ def infonce(
         identities: not looked at: equal captions in other rows count as negatives.
 
     Returns:
-        Scalar, fp32.
+        Scalar, fp32 (fp64 for fp64 features).
     """
-    logits_NN = logit_scale.float() * (image_ND.float() @ text_ND.float().T)
+    logits_NN = widened(logit_scale) * (widened(image_ND) @ widened(text_ND).T)
     positive_N = logits_NN.diagonal()
     image_to_text_N = torch.logsumexp(logits_NN, dim=1) - positive_N
     text_to_image_N = torch.logsumexp(logits_NN, dim=0) - positive_N
     return 0.5 * (image_to_text_N.mean() + text_to_image_N.mean())
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, if the tensor's own format holds less."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cliptune_trainer.losses.identities import Identities
+from cliptune_trainer.losses.infonce import widened
 
 
 def multi_positive(
@@ -32,13 +33,11 @@ def multi_positive(
         identities: rows with one caption id or one image id are positives of each other.
 
     Returns:
-        Scalar, fp32.
+        Scalar, fp32 (fp64 for fp64 features).
     """
-    logits_NN = logit_scale.float() * (image_ND.float() @ text_ND.float().T)
-    captions_N, images_N = identities.caption_ids_N, identities.image_ids_N
-    same_NN = (captions_N[:, None] == captions_N[None, :]) | (images_N[:, None] == images_N[None, :])
+    logits_NN = widened(logit_scale) * (widened(image_ND) @ widened(text_ND).T)
     # Symmetric, so one mask serves rows and columns.
-    positive_NN = same_NN.to(logits_NN.dtype)
+    positive_NN = identities.same().to(logits_NN.dtype)
     target_NN = positive_NN / positive_NN.sum(dim=1, keepdim=True)
     image_to_text_N = torch.logsumexp(logits_NN, dim=1) - (target_NN * logits_NN).sum(dim=1)
     text_to_image_N = torch.logsumexp(logits_NN, dim=0) - (target_NN.T * logits_NN).sum(dim=0)
