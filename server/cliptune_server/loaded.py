@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from cliptune.errors import InvalidInputError, ModelStateError
+from cliptune.errors import InvalidInputError, ModelStateError, UnavailableError
 from cliptune_server.model_files import PublishedModel
 from cliptune_server.registry import Reference, Registry
 
@@ -21,6 +21,7 @@ class LoadedModels:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
         self._models: dict[str, PublishedModel] = {}
+        self._coming: dict[str, PublishedModel] = {}
         self._aliases: dict[str, dict[str, int]] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -43,8 +44,8 @@ class LoadedModels:
         """Key of the loaded version that a request's `model` means.
 
         `ModelNotFoundError`: nothing of this name is published. `ModelStateError`: it is, but not loaded, or
-        the reference is empty and nothing is. `InvalidInputError`: the reference is empty and several are
-        loaded.
+        the reference is empty and nothing is. `UnavailableError`: it is being loaded, worth asking again.
+        `InvalidInputError`: the reference is empty and several are loaded.
         """
         if not reference:
             return self._only().key
@@ -55,12 +56,22 @@ class LoadedModels:
             # A load may have ended, or an alias moved, while the registry was asked.
             model = self.find(parsed)
             if model is None:
+                if self._is_coming(parsed, published):
+                    raise _being_loaded(reference)
                 raise ModelStateError(
                     f"{reference} is published but not loaded: load it with ModelService.LoadModel, "
                     f"POST /v1/models/{published.key}/load or `cliptune models load {reference}`",
                     model=published.key,
                 )
         return model.key
+
+    def announce(self, model: PublishedModel) -> None:
+        """This version is being loaded, or will be as soon as there is an engine."""
+        self._coming[model.key] = model
+
+    def withdraw(self, key: str) -> None:
+        """It is not being loaded any more: it is there, or it cannot be loaded."""
+        self._coming.pop(key, None)
 
     def add(self, model: PublishedModel) -> None:
         """The engine holds this version and it answered a canary."""
@@ -78,8 +89,15 @@ class LoadedModels:
         """Aliases that point at a version."""
         return sorted(alias for alias, at in self._aliases.get(name, {}).items() if at == version)
 
+    def _is_coming(self, reference: Reference, newest: PublishedModel) -> bool:
+        if reference.version is not None or reference.alias:
+            return newest.key in self._coming
+        return any(model.name == reference.name for model in self._coming.values())
+
     def _only(self) -> PublishedModel:
         if not self._models:
+            if self._coming:
+                raise _being_loaded(", ".join(sorted(self._coming)))
             raise ModelStateError(
                 "no model is loaded: load one with `cliptune models load NAME`, or publish one from a job"
             )
@@ -89,3 +107,7 @@ class LoadedModels:
                 f"several models are loaded, so the request must name one of {keys}", allowed=keys
             )
         return next(iter(self._models.values()))
+
+
+def _being_loaded(what: str) -> UnavailableError:
+    return UnavailableError(f"{what} is being loaded", model=what, retry_after_s=1)

@@ -63,6 +63,8 @@ class Models:
         self._engines = engines
         self._serving_path = serving_path
         self._served: set[Reference] = set()
+        self._before: dict[str, PublishedModel] = {}
+        """References of the last daemon, with the versions that they mean now, until `restore`."""
         self._device = ""
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
@@ -71,6 +73,13 @@ class Models:
         """Rebuild the index. Loading what was served before is `restore`, which takes longer."""
         await self._registry.start()
         self.catalog.set_aliases(await self._registry.aliases())
+        for text in await asyncio.to_thread(_read_serving, self._serving_path):
+            try:
+                self._before[text] = await self._registry.find(Reference.parse(text))
+            except CliptuneError as error:
+                log.warning("%s was served before and is not there now: %s", text, error.message)
+        for model in self._before.values():
+            self.catalog.announce(model)
 
     async def restore(self) -> None:
         """Load what was served when the daemon stopped.
@@ -78,11 +87,9 @@ class Models:
         One that cannot be loaded gets a log line: it must not keep the others from being served.
         """
         async with self._changing:
-            for text in await asyncio.to_thread(_read_serving, self._serving_path):
+            for text, model in self._before.items():
                 try:
-                    reference = Reference.parse(text)
-                    model = await self._registry.find(reference)
-                    self._served.add(reference)
+                    self._served.add(Reference.parse(text))
                     await self._load(model)
                 except CliptuneError as error:
                     log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
@@ -230,7 +237,10 @@ class Models:
         return Publication(model=published, not_loaded=not_loaded)
 
     async def _load(self, model: PublishedModel) -> None:
-        if model.key not in self.catalog:
+        if model.key in self.catalog:
+            return
+        self.catalog.announce(model)
+        try:
             for left in reversed(range(_LOAD_TRIES)):
                 try:
                     await self._engines.load(model.key, model.path)
@@ -241,6 +251,8 @@ class Models:
             self._device = (await self._engines.status()).device
             self.catalog.add(model)
             log.info("loaded %s", model.key)
+        finally:
+            self.catalog.withdraw(model.key)
 
     async def _unload(self, key: str) -> None:
         # Requests that were sent to it are answered first; one that comes too late the router sends anew.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cliptune.errors import ModelNotFoundError
+from cliptune.errors import ModelNotFoundError, ModelStateError, UnavailableError
 from cliptune.v1 import model_pb2
 from cliptune.v1.spec_pb2 import PublishSpec
 from cliptune_server.database import Database
@@ -16,7 +16,7 @@ from cliptune_server.engines import EngineSupervisor
 from cliptune_server.model_files import ModelFiles
 from cliptune_server.models import Models
 from cliptune_server.registry import Registry
-from tests.support.models import export_test_model
+from tests.support.models import export_test_model, publish_test_model
 
 
 @pytest.fixture
@@ -84,3 +84,27 @@ async def test_jobs_publish_versions_that_replace_each_other_under_their_aliases
     worse = export(5)
     (worse / "open_clip_model.safetensors").write_bytes(b"not weights")
     assert (await models.publish("job-5", aside, worse, {})).not_loaded == ""
+
+
+async def test_what_is_being_loaded_again_after_a_start_is_worth_asking_for_again(tmp_path: Path) -> None:
+    publish_test_model(tmp_path, "shapes", seed=1, aliases=["prod"], serve=True)
+    publish_test_model(tmp_path, "shapes", seed=2)
+    database = Database.open(tmp_path / "cliptune.db")
+    models = Models(
+        registry=Registry(ModelFiles(tmp_path / "models"), database),
+        engines=EngineSupervisor(EngineConfig(device="cpu", start_timeout_s=0.2)),  # never started
+        serving_path=tmp_path / "serving.json",
+    )
+    await models.start()
+    for reference in ("shapes@prod", "shapes:1", "shapes", ""):
+        with pytest.raises(UnavailableError, match="is being loaded") as refused:
+            await models.catalog.resolve(reference)
+        assert float(refused.value.metadata["retry_after_s"]) > 0
+    with pytest.raises(ModelStateError, match="cliptune models load shapes:2"):
+        await models.catalog.resolve("shapes:2")
+    await models.restore()  # in vain: now it is known that asking again does not help
+    for reference in ("shapes@prod", "shapes"):
+        with pytest.raises(ModelStateError, match="published but not loaded"):
+            await models.catalog.resolve(reference)
+    await models.stop()
+    database.close()
