@@ -205,7 +205,7 @@ class AsyncClient:
         return await self._run(codec.load_model(model), timeout_s)
 
     async def unload_model(self, model: str, *, timeout_s: float | None = None) -> Model:
-        """Stop serving it; requests in flight are answered first."""
+        """Stop serving it; requests in flight and bulk streams that use it are answered to their end first."""
         return await self._run(codec.unload_model(model), timeout_s)
 
     async def set_alias(self, model: str, alias: str, *, timeout_s: float | None = None) -> Model:

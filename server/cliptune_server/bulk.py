@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -57,7 +57,7 @@ class BulkStream:
         self._busy_lanes = 0
         self._changed: Final = asyncio.Condition()
 
-    async def run(self, requests: AsyncIterator[EmbedStreamRequest]) -> AsyncIterator[EmbedStreamResponse]:
+    async def run(self, requests: AsyncIterator[EmbedStreamRequest]) -> AsyncGenerator[EmbedStreamResponse]:
         """Answers until every request is answered."""
         tasks = [asyncio.create_task(self._read(requests))]
         tasks += [asyncio.create_task(self._work()) for _ in range(_LANES)]

@@ -2,12 +2,15 @@
 
 Enters: a reference of a request ("", "NAME", "NAME:VERSION", "NAME@ALIAS"). Leaves: the key of a loaded
 version. Everything is in memory and on the event loop, so that finding a model costs a request nothing, and
-a version that is hidden before it is unloaded gets no new requests. Changed by `models.py`; asked by
+a version that is hidden before it is unloaded gets no new requests; a bulk stream that began with it holds it
+until its end. Changed by `models.py`; asked by
 `router.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from cliptune.errors import InvalidInputError, ModelStateError, UnavailableError
@@ -22,6 +25,8 @@ class LoadedModels:
         self._registry = registry
         self._models: dict[str, PublishedModel] = {}
         self._coming: dict[str, PublishedModel] = {}
+        self._holds: Counter[str] = Counter()
+        self._let_go = asyncio.Event()
         self._aliases: dict[str, dict[str, int]] = {}
 
     def __contains__(self, key: str) -> bool:
@@ -80,6 +85,27 @@ class LoadedModels:
     def hide(self, key: str) -> None:
         """Requests from now on do not find this version."""
         self._models.pop(key, None)
+
+    def hold(self, key: str) -> None:
+        """A stream goes on with this version to its end, hidden or not."""
+        self._holds[key] += 1
+
+    def release(self, key: str) -> None:
+        """The end of one `hold`."""
+        self._holds[key] -= 1
+        if not self._holds[key]:
+            del self._holds[key]
+            self._let_go.set()
+            self._let_go = asyncio.Event()
+
+    def is_held(self, key: str) -> bool:
+        """Whether a stream uses this version."""
+        return key in self._holds
+
+    async def until_free(self, key: str) -> None:
+        """Returns when no stream uses this version."""
+        while key in self._holds:
+            await self._let_go.wait()
 
     def set_aliases(self, aliases: Mapping[str, Mapping[str, int]]) -> None:
         """Replace all aliases: requests that come later follow the new ones."""

@@ -66,6 +66,8 @@ class Models:
         self._before: dict[str, PublishedModel] = {}
         """References of the last daemon, with the versions that they mean now, until `restore`."""
         self._device = ""
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+        """Hidden versions that a bulk stream still uses, each with its unloading, which waits for that."""
         self._changing = asyncio.Lock()
         self._changes: set[asyncio.Task[Any]] = set()
 
@@ -96,9 +98,10 @@ class Models:
 
     async def stop(self) -> None:
         """Give up the changes that are under way."""
-        for change in self._changes:
-            change.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        work = [*self._changes, *self._retiring.values()]
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
 
     # --- Publisher
 
@@ -147,7 +150,11 @@ class Models:
         return self._message(await self._change(change()))
 
     async def unload(self, reference: str) -> model_pb2.Model:
-        """Stop serving a version, whatever it was loaded as. `ModelStateError` when it is not loaded."""
+        """Stop serving a version, whatever it was loaded as; returns when nothing uses it any more.
+
+        New requests do not find it from now on; bulk streams that began with it are answered to their end.
+        `ModelStateError` when it is not loaded.
+        """
         wanted = Reference.parse(reference)
 
         async def change() -> PublishedModel:
@@ -160,7 +167,10 @@ class Models:
             await self._remember()
             return model
 
-        return self._message(await self._change(change()))
+        model = await self._change(change())
+        if retiring := self._retiring.get(model.key):
+            await asyncio.wait([retiring])
+        return self._message(model)
 
     async def set_alias(self, reference: str, alias: str) -> model_pb2.Model:
         """Point NAME@ALIAS at a version. If the alias is served, the version is loaded before it moves."""
@@ -205,6 +215,11 @@ class Models:
                 raise ModelStateError(
                     f"{model.key} cannot be deleted: it is loaded, unload it first", model=model.key
                 )
+            if model.key in self._retiring:
+                raise ModelStateError(
+                    f"{model.key} cannot be deleted: it is being unloaded, and a bulk stream still uses it",
+                    model=model.key,
+                )
             await self._registry.delete(model)
 
         await self._change(change())
@@ -239,6 +254,9 @@ class Models:
     async def _load(self, model: PublishedModel) -> None:
         if model.key in self.catalog:
             return
+        if await self._called_back(model):
+            self.catalog.add(model)
+            return
         self.catalog.announce(model)
         try:
             for left in reversed(range(_LOAD_TRIES)):
@@ -257,8 +275,34 @@ class Models:
     async def _unload(self, key: str) -> None:
         # Requests that were sent to it are answered first; one that comes too late the router sends anew.
         self.catalog.hide(key)
-        await self._engines.unload(key)
-        log.info("unloaded %s", key)
+        if self.catalog.is_held(key):
+            # Not within this change: a stream may last for hours.
+            self._retiring[key] = asyncio.create_task(self._retire(key), name=f"retire-{key}")
+        else:
+            await self._engines.unload(key)
+            log.info("unloaded %s", key)
+
+    async def _retire(self, key: str) -> None:
+        log.info("%s is unloaded when the streams that use it have ended", key)
+        await self.catalog.until_free(key)
+        try:
+            await self._engines.unload(key)
+            log.info("unloaded %s", key)
+        except CliptuneError as error:
+            log.warning("%s could not be unloaded: %s", key, error.message)
+        finally:
+            self._retiring.pop(key, None)
+
+    async def _called_back(self, model: PublishedModel) -> bool:
+        """Whether a version that was to be unloaded is in the engine still, and stays now."""
+        retiring = self._retiring.get(model.key)
+        if retiring is None:
+            return False
+        if held := self.catalog.is_held(model.key):
+            retiring.cancel()
+        await asyncio.wait([retiring])
+        self._retiring.pop(model.key, None)
+        return held
 
     async def _point(self, model: PublishedModel, alias: str) -> None:
         await self._registry.set_alias(model.name, alias, model.version)

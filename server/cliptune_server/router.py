@@ -8,7 +8,8 @@ request is the router's from then on: its `model` is replaced by the key rather 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from cliptune.errors import DeadlineExceededError, ModelStateError, RequestTooLargeError
@@ -16,6 +17,7 @@ from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2
 from cliptune_server.bulk import BulkStream
 from cliptune_server.engines import EngineSupervisor
+from cliptune_server.pins import Catalog, Pins
 from cliptune_server.traffic import Traffic
 
 MESSAGE_BYTES: Final = 256 * 1024 * 1024
@@ -27,16 +29,6 @@ _Response = TypeVar("_Response")
 
 if TYPE_CHECKING:
     from cliptune_server.engine_process import Pick
-
-
-class Catalog(Protocol):
-    """Knows which models there are."""
-
-    async def resolve(self, reference: str) -> str:
-        """ "" (the only one loaded), NAME, NAME:V or NAME@ALIAS → the key "NAME:V" of a loaded model.
-
-        `ModelNotFoundError`, or `ModelStateError` naming how to load.
-        """
 
 
 class InferenceRequest(Protocol):
@@ -90,11 +82,30 @@ class Router:
         """Zero-shot classes of images."""
         return await self._forward("Classify", lambda stub: stub.Classify, request, timeout_s)
 
-    def embed_stream(
+    async def embed_stream(
         self, requests: AsyncIterator[inference_pb2.EmbedStreamRequest]
-    ) -> AsyncIterator[inference_pb2.EmbedStreamResponse]:
-        """Bulk embedding: answers as they come; each request is answered, with an error at worst."""
-        return BulkStream(self.embed_images, self.embed_texts).run(requests)
+    ) -> AsyncGenerator[inference_pb2.EmbedStreamResponse]:
+        """Bulk embedding: answers as they come; each request is answered, with an error at worst.
+
+        One reference means one version to the stream's end; where an alias moves, the version that it left
+        stays in the engine so long.
+        """
+        pins = Pins(self._catalog)
+
+        async def embed_images(
+            request: inference_pb2.EmbedImagesRequest,
+        ) -> inference_pb2.EmbedImagesResponse:
+            return await self._forward("EmbedImages", lambda stub: stub.EmbedImages, request, None, pins)
+
+        async def embed_texts(request: inference_pb2.EmbedTextsRequest) -> inference_pb2.EmbedTextsResponse:
+            return await self._forward("EmbedTexts", lambda stub: stub.EmbedTexts, request, None, pins)
+
+        try:
+            async with aclosing(BulkStream(embed_images, embed_texts).run(requests)) as answers:
+                async for answer in answers:
+                    yield answer
+        finally:
+            pins.close()
 
     async def _forward(
         self,
@@ -102,6 +113,7 @@ class Router:
         pick: Pick[_Request, _Response],
         request: _Request,
         timeout_s: float | None,
+        pins: Pins | None = None,
     ) -> _Response:
         size, limit = request.ByteSize(), self._message_bytes - _KEY_BYTES
         if size > limit:
@@ -112,12 +124,12 @@ class Router:
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         reference = request.model
         with self.traffic.request(), tracer().start_as_current_span(f"router.{name}", record_exception=False):
-            request.model = await self._catalog.resolve(reference)
+            request.model = await (pins or self._catalog).resolve(reference)
             try:
                 return await self._engines.call(pick, request, _left_s(deadline_s))
             except ModelStateError:
                 # It was unloaded in between, as when an alias moves: the reference may mean another one now.
-                key = await self._catalog.resolve(reference)
+                key = await (pins or self._catalog).resolve(reference)
                 if key == request.model:
                     raise
                 request.model = key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -47,5 +48,6 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def EmbedStream(  # noqa: N802, D102
         self, request_iterator: AsyncIterator[inference_pb2.EmbedStreamRequest], context: _Context
     ) -> AsyncIterator[inference_pb2.EmbedStreamResponse]:
-        async for response in self._router.embed_stream(request_iterator):
-            yield response
+        async with aclosing(self._router.embed_stream(request_iterator)) as answers:
+            async for answer in answers:
+                yield answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +165,42 @@ def test_an_alias_that_moves_swaps_the_version_without_failing_a_request(client:
             caller.join()
     assert not failures
     assert set(answered) == {"shapes:1", "shapes:2", "shapes:3"}
+
+
+def test_a_bulk_stream_keeps_its_version_until_it_ends(client: Client) -> None:
+    client.alias("shapes:1", "live")
+    client.load("shapes@live")
+    requests: queue.SimpleQueue[inference_pb2.EmbedStreamRequest | None] = queue.SimpleQueue()
+    stream = client.inference.EmbedStream(iter(requests.get, None), timeout=120)
+
+    def ask(model: str) -> str:
+        requests.put(inference_pb2.EmbedStreamRequest(id="1", model=model, image=PICTURE))
+        answer = next(stream)
+        assert not answer.error.message, answer.error
+        return answer.model
+
+    assert ask("shapes@live") == "shapes:1"
+    client.alias("shapes:2", "live")
+    assert client.loaded() == {"shapes:2"}
+    assert client.embed("shapes@live")[0] == "shapes:2"
+    assert [ask("shapes@live"), ask("shapes:1")] == ["shapes:1", "shapes:1"]
+    with pytest.raises(ModelStateError, match="a bulk stream still uses it"):
+        client.call("DeleteModel", model_pb2.DeleteModelRequest(model="shapes:1"))
+
+    client.load("shapes:1")  # it has not left the engine
+    assert client.embed("shapes:1")[0] == "shapes:1"
+    unloading = threading.Thread(target=client.unload, args=("shapes:1",))
+    unloading.start()
+    while "shapes:1" in client.loaded():
+        pass
+    with pytest.raises(ModelStateError):
+        client.embed("shapes:1")
+    assert ask("shapes@live") == "shapes:1"
+    assert unloading.is_alive()
+    requests.put(None)
+    assert list(stream) == []
+    unloading.join(60)
+    assert not unloading.is_alive()
 
 
 def test_a_version_that_was_loaded_by_number_stays_when_an_alias_leaves_it(client: Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -16,13 +17,19 @@ class MemoryCatalog:
 
     def __init__(self, **keys: str) -> None:
         self.keys = keys
-        self.before_answer: Callable[[], None] | None = None
+        self.held: Counter[str] = Counter()
 
     async def resolve(self, reference: str) -> str:
         key = self.keys.get(reference)
         if key is None:
             raise ModelNotFoundError(f"no model {reference!r}", model=reference)
         return key
+
+    def hold(self, key: str) -> None:
+        self.held[key] += 1
+
+    def release(self, key: str) -> None:
+        self.held[key] -= 1
 
 
 class Told:

@@ -175,6 +175,28 @@ async def test_every_item_of_a_bulk_stream_is_answered_with_its_vector_or_its_er
             assert unpack(answer.embedding).shape == (32,)
 
 
+async def test_one_stream_is_answered_by_one_version_also_when_its_alias_moves(
+    router: Router, catalog: MemoryCatalog
+) -> None:
+    answered = asyncio.Semaphore(1)
+
+    async def send() -> AsyncIterator[inference_pb2.EmbedStreamRequest]:
+        for number, model in enumerate(("m@prod", "m@prod", "m:1", "m:2")):
+            await answered.acquire()
+            yield inference_pb2.EmbedStreamRequest(id=str(number), model=model, text="a circle")
+
+    models = []
+    async with asyncio.timeout(30):
+        async for response in router.embed_stream(send()):
+            models.append(response.model)
+            assert catalog.held["m:1"] == 1
+            catalog.keys["m@prod"] = "m:2"
+            answered.release()
+    assert models == ["m:1", "m:1", "m:1", "m:2"]
+    assert not +catalog.held
+    assert (await router.embed_texts(texts("m@prod", "a circle"))).model == "m:2"
+
+
 async def test_a_bulk_stream_answers_a_client_that_waits_for_each_answer(router: Router) -> None:
     answered = asyncio.Semaphore(1)
 
