@@ -1,0 +1,191 @@
+"""The gradient of a contrastive batch that does not fit: exactly that of the whole batch, a part at a time.
+
+Enters: a batch, of any size. Leaves: gradients in the parameters, and the loss. Called by the step.
+
+Gao et al. 2021 (GradCache), section 3.2: (1) all parts but the last go through the towers without a graph
+and leave their features; (2) the loss over all features gives the gradient of each; (3) each part goes
+through its tower again, with a graph, and takes up the gradient of its features. The loss sees the batch as
+it is, so logit scale and bias get their gradient once, and every loss works.
+
+Two things keep the price down. The last part of each tower keeps its graph from the first pass, so k parts
+need k-1 replays; a batch of one part is an ordinary step. A tower without trained parameters is not replayed.
+The extra cost of k parts is (k-1)/k of a forward pass, about a third of that of the step.
+
+b: pairs of a part, N: pairs of the batch as the loss sees them, D: embedding dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cliptune_model.clip import Clip
+from cliptune_trainer.batch_norm import BatchNorms
+from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.losses import Identities, Loss
+from cliptune_trainer.precision import Precision
+from cliptune_trainer.replay import RandomState
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """A part that has gone through its tower without a graph. `random`: the generators before it did."""
+
+    rows: slice
+    features_bD: Tensor
+    random: RandomState
+
+
+class FeatureCache:
+    """One tower's features of a batch: those of the early parts as leaves, of the last part with its graph.
+
+    Args:
+        encode: rows of the batch → features [b, D], fp32, not normalised.
+        parts: the rows, in order; the last part keeps its graph.
+        device: of the tower.
+    """
+
+    def __init__(
+        self, encode: Callable[[slice], Tensor], parts: Sequence[slice], device: torch.device
+    ) -> None:
+        self._encode, self._device = encode, device
+        self._early, self._last = parts[:-1], parts[-1]
+        self._cached: list[_Cached] = []
+        self._leaf_ND: Tensor | None = None
+        self._replayed = False
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """First pass, without a graph, over all parts but the last."""
+        for rows in self._early:
+            random = RandomState.capture(self._device)
+            self._cached.append(_Cached(rows, self._encode(rows), random))
+
+    def features(self) -> Tensor:
+        """The last part goes through the tower; returns all features [N, D], for the loss."""
+        last_bD = self._encode(self._last)
+        if not self._cached:
+            return last_bD
+        self._leaf_ND = torch.cat([cached.features_bD for cached in self._cached])
+        self._replayed = last_bD.requires_grad
+        self._leaf_ND.requires_grad_(self._replayed)
+        return torch.cat([self._leaf_ND, last_bD])
+
+    def replay(self, precision: Precision) -> None:
+        """After the loss's backward pass: the early parts again, each with its gradient. Inside autocast."""
+        if not self._replayed:
+            return
+        gradient_ND = cast(Tensor, self._leaf_ND).grad
+        if gradient_ND is None:
+            return  # the loss does not look at this tower
+        for cached in self._cached:
+            cached.random.restore()
+            features_bD = self._encode(cached.rows)
+            with precision.exact():
+                torch.autograd.backward(features_bD, gradient_ND[cached.rows])
+
+
+def accumulate(
+    clip: Clip,
+    loss: Loss,
+    precision: Precision,
+    batch: Batch,
+    micro_batch_size: int,
+    *,
+    texts_per_image: int = 1,
+    batch_norms: BatchNorms | None = None,
+) -> Tensor:
+    """Adds the gradient of the loss over the whole batch to the parameters' gradients.
+
+    Equal to one pass over the batch, whatever the micro-batch, to the rounding of the format. Random masks
+    are drawn a part at a time: they depend on the micro-batch, and are the same in both passes. The generators
+    end where the first pass left them. Never waits for the device.
+
+    Args:
+        clip: in training mode.
+        loss: over all pairs.
+        precision: its loss scale, if it has one, is in the gradients; not in what is returned.
+        batch: on any device; a part of it goes to the towers' device at a time.
+        micro_batch_size: pairs whose graphs are held at once; a batch of no more is not divided.
+        texts_per_image: texts of a part for each image of a part, for texts that cost less memory.
+        batch_norms: of the model; None: looked for.
+
+    Returns:
+        The loss, a scalar on the device.
+    """
+    norms = batch_norms or BatchNorms(clip.model)
+    caches = _caches(clip, batch, micro_batch_size, texts_per_image)
+    # Two contexts: a weight cast without a graph must not serve where one is needed.
+    with precision.autocast():
+        for cache in caches:
+            cache.fill()
+    with precision.autocast():
+        image_ND, text_ND = (cache.features() for cache in caches)
+        after = RandomState.capture(clip.device)
+        with precision.exact():
+            value = loss_of_features(clip, loss, batch, image_ND, text_ND)
+            del image_ND, text_ND
+            scaler = precision.scaler
+            with norms.uncounted():  # also for parts that checkpointing computes again
+                (value if scaler is None else value * scaler.scale).backward()  # type: ignore[no-untyped-call]
+        with norms.uncounted():
+            for cache in caches:
+                cache.replay(precision)
+    after.restore()
+    return value.detach()
+
+
+def contrastive_loss(clip: Clip, loss: Loss, precision: Precision, batch: Batch) -> Tensor:
+    """Forward through both towers and the loss at once; scalar with gradients, on the device."""
+    with precision.autocast():
+        image_ND, text_ND = (cache.features() for cache in _caches(clip, batch, len(batch.tokens_BL), 1))
+    return loss_of_features(clip, loss, batch, image_ND, text_ND)
+
+
+def loss_of_features(clip: Clip, loss: Loss, batch: Batch, image_ND: Tensor, text_ND: Tensor) -> Tensor:
+    """The loss over the features of a whole batch, not normalised yet; scalar."""
+    device = clip.device
+    identities = Identities(
+        image_ids_N=_move(batch.image_ids_B, device), caption_ids_N=_move(batch.caption_ids_B, device)
+    )
+    # Normalised in fp32: half precision rounds unit vectors too coarsely.
+    return loss(
+        F.normalize(image_ND, dim=-1),
+        F.normalize(text_ND, dim=-1),
+        cast(Tensor, clip.model.logit_scale).exp(),
+        getattr(clip.model, "logit_bias", None),
+        identities,
+    )
+
+
+def parts_of(count: int, size: int) -> list[slice]:
+    """`count` rows in parts of `size`; the first may be smaller, not the last, whose graph is kept."""
+    if size < 1:
+        raise ValueError(f"a micro-batch of {size} pairs")
+    first = count % size or min(size, count)
+    return [slice(0, first), *(slice(start, start + size) for start in range(first, count, size))]
+
+
+def _caches(clip: Clip, batch: Batch, images: int, texts_per_image: int) -> tuple[FeatureCache, FeatureCache]:
+    device, count = clip.device, len(batch.tokens_BL)
+
+    def image_features(rows: slice) -> Tensor:
+        return clip.encode_images(_move(batch.images_B3HW[rows], device))
+
+    def text_features(rows: slice) -> Tensor:
+        return clip.encode_texts(_move(batch.tokens_BL[rows], device))
+
+    return (
+        FeatureCache(image_features, parts_of(count, images), device),
+        FeatureCache(text_features, parts_of(count, images * texts_per_image), device),
+    )
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    # From pinned memory the copy runs beside the host; elsewhere the flag would be unsafe or idle.
+    return tensor.to(device, non_blocking=device.type == "cuda")
