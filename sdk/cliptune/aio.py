@@ -153,7 +153,7 @@ class AsyncClient:
         return await self._run(codec.control_job(job_id, command), timeout_s)
 
     async def pause_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
-        """Checkpoint, then release the device."""
+        """Checkpoint, then release the device; returns when the job is PAUSED."""
         return await self.control_job(job_id, codec.pause(), timeout_s=timeout_s)
 
     async def resume_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
@@ -161,7 +161,7 @@ class AsyncClient:
         return await self.control_job(job_id, codec.resume(), timeout_s=timeout_s)
 
     async def cancel_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
-        """End the job; its last checkpoint stays."""
+        """End the job; its last checkpoint stays. Returns when it is CANCELLED."""
         return await self.control_job(job_id, codec.cancel(), timeout_s=timeout_s)
 
     async def checkpoint_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
@@ -205,7 +205,7 @@ class AsyncClient:
         return await self._run(codec.load_model(model), timeout_s)
 
     async def unload_model(self, model: str, *, timeout_s: float | None = None) -> Model:
-        """Stop serving it; requests in flight and bulk streams that use it are answered to their end first."""
+        """Stop serving it; requests in flight and bulk streams that use it are answered first."""
         return await self._run(codec.unload_model(model), timeout_s)
 
     async def set_alias(self, model: str, alias: str, *, timeout_s: float | None = None) -> Model:

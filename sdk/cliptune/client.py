@@ -154,7 +154,7 @@ class Client:
         return self._run(codec.control_job(job_id, command), timeout_s)
 
     def pause_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
-        """Checkpoint, then release the device."""
+        """Checkpoint, then release the device; returns when the job is PAUSED."""
         return self.control_job(job_id, codec.pause(), timeout_s=timeout_s)
 
     def resume_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
@@ -162,7 +162,7 @@ class Client:
         return self.control_job(job_id, codec.resume(), timeout_s=timeout_s)
 
     def cancel_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
-        """End the job; its last checkpoint stays."""
+        """End the job; its last checkpoint stays. Returns when it is CANCELLED."""
         return self.control_job(job_id, codec.cancel(), timeout_s=timeout_s)
 
     def checkpoint_job(self, job_id: str, *, timeout_s: float | None = None) -> CommandReceipt:
@@ -206,7 +206,7 @@ class Client:
         return self._run(codec.load_model(model), timeout_s)
 
     def unload_model(self, model: str, *, timeout_s: float | None = None) -> Model:
-        """Stop serving it; requests in flight and bulk streams that use it are answered to their end first."""
+        """Stop serving it; requests in flight and bulk streams that use it are answered first."""
         return self._run(codec.unload_model(model), timeout_s)
 
     def set_alias(self, model: str, alias: str, *, timeout_s: float | None = None) -> Model:

@@ -51,12 +51,16 @@ class JobsConfig:
     """Preparations at a time: each reads data on the CPU."""
     cancel_grace_s: float = 60.0
     """A trainer that has not ended so long after a cancel is killed."""
+    settle_s: float = 60.0
+    """What a trainer that has said yes to a pause or a cancel may take to end before the caller is told."""
 
     def __post_init__(self) -> None:
         if self.max_preparing < 1:
             raise InvalidInputError(f"max_preparing must be at least 1, not {self.max_preparing}")
-        if not self.cancel_grace_s > 0:
-            raise InvalidInputError(f"cancel_grace_s must be above 0, not {self.cancel_grace_s}")
+        if not (self.cancel_grace_s > 0 and self.settle_s > 0):
+            raise InvalidInputError(
+                f"cancel_grace_s and settle_s must be above 0, not {self.cancel_grace_s} and {self.settle_s}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Final
 from cliptune.durable import is_disk_full
 from cliptune.errors import (
     CancelledError,
+    DeadlineExceededError,
     DiskFullError,
     JobNotFoundError,
     JobStateError,
@@ -33,6 +34,7 @@ from cliptune.v1.job_pb2 import (
     JOB_STATE_PAUSED,
     JOB_STATE_PREPARING,
     JOB_STATE_QUEUED,
+    JOB_STATE_RUNNING,
 )
 from cliptune_server.admission import Admission, Publisher
 from cliptune_server.config import JobsConfig
@@ -99,6 +101,7 @@ class Jobs:
             cancel_grace_s=config.cancel_grace_s,
             threads=self._threads,
         )
+        self._settle_s = config.settle_s
         self._creating = asyncio.Lock()
         self._ended: Counter[str] = Counter()
         self._events = 0
@@ -171,9 +174,10 @@ class Jobs:
         await asyncio.shield(self._dispatcher.spawn(self._delete(job)))
 
     async def control(self, job_id: str, command: job_pb2.JobCommand) -> training_pb2.ControlJobResponse:
-        """Tells the job something; returns when it has obeyed.
+        """Tells the job something; returns when it has obeyed: after a pause or a cancel it is in that state.
 
-        `JobStateError` naming the state when that does not allow the command, or the trainer's own error.
+        `JobStateError` naming the state when that does not allow the command, or the trainer's own error;
+        `DeadlineExceededError` when the trainer agreed to end and has not.
         """
         self._refuse_when_stopping()
         name = command_name(command)
@@ -183,6 +187,8 @@ class Jobs:
             raise JobStateError("the job has just ended", state="ENDED")
         pending = await asyncio.shield(self._dispatcher.spawn(self._begin(job, name, command)))
         number = await asyncio.shield(pending.answer)
+        if name in ("pause", "cancel"):
+            await self._settled(job, name)
         return training_pb2.ControlJobResponse(
             command_id=pending.instruction.command_id, event_number=number, job=await self.get(job_id)
         )
@@ -311,12 +317,32 @@ class Jobs:
                 if name == "cancel":
                     self._dispatcher.cancel(job.run)
                 return pending
-            if job.state == job_pb2.JOB_STATE_RUNNING:
+            if job.state == JOB_STATE_RUNNING:
                 state = state_name(job.state)
                 raise JobStateError(
                     f"the job is {state}: training is done and its model is being published", state=state
                 )
             return await self._obey(job, name, command)
+
+    async def _settled(self, job: LiveJob, name: str) -> None:
+        """The trainer has said yes; the state follows when its process has ended."""
+
+        def settled() -> bool:
+            return job.state not in (JOB_STATE_PREPARING, JOB_STATE_RUNNING) and not job.record.holding
+
+        try:
+            async with asyncio.timeout(self._settle_s), job.changed:
+                await job.changed.wait_for(lambda: settled() or self._dispatcher.stopping)
+        except TimeoutError:
+            state = state_name(job.state)
+            raise DeadlineExceededError(
+                f"the trainer accepted the {name} and has not ended within {self._settle_s:g} s; "
+                f"the job is still {state}",
+                state=state,
+                timeout_s=self._settle_s,
+            ) from None
+        if not settled():
+            self._refuse_when_stopping()
 
     async def _obey(self, job: LiveJob, name: str, command: job_pb2.JobCommand) -> PendingCommand:
         """Carries out a command of a job without a trainer."""

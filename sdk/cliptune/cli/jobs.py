@@ -17,7 +17,7 @@ from cliptune.cli.connection import (
 from cliptune.cli.follow import follow
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
-from cliptune.job import CommandReceipt, Job, JobState, StateChange
+from cliptune.job import CommandReceipt, Job, JobState
 from cliptune.lines import metric_rows, plan_lines
 from cliptune.progress import progress_numbers
 
@@ -63,11 +63,10 @@ def _delete(client: Client, options: argparse.Namespace) -> int:
 
 
 def _command(
-    send: Callable[[Client, argparse.Namespace], CommandReceipt], *, ends_run: bool = False
+    send: Callable[[Client, argparse.Namespace], CommandReceipt],
 ) -> Callable[[Client, argparse.Namespace], int]:
     def run(client: Client, options: argparse.Namespace) -> int:
-        receipt = send(client, options)
-        job = _after_run(client, receipt) if ends_run else receipt.job
+        job = send(client, options).job
         if options.json:
             print_json(mapping(job.message))
         else:
@@ -75,16 +74,6 @@ def _command(
         return 0
 
     return run
-
-
-def _after_run(client: Client, receipt: CommandReceipt) -> Job:
-    """The job once its trainer is gone: a pause or cancel is done a moment before the state says so."""
-    if receipt.job.state is not JobState.RUNNING:
-        return receipt.job
-    for event in client.watch_job(receipt.job.id, after=receipt.event_number):
-        if isinstance(event.body, StateChange):
-            break
-    return client.get_job(receipt.job.id)
 
 
 def _evaluate(client: Client, options: argparse.Namespace) -> int:
@@ -141,15 +130,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     watching.add_argument(
         "--after", type=int, default=0, metavar="NUMBER", help="only events with a greater number"
     )
-    action(
-        "pause", "checkpoint and release the device", _command(lambda c, o: c.pause_job(o.job), ends_run=True)
-    )
+    action("pause", "checkpoint and release the device", _command(lambda c, o: c.pause_job(o.job)))
     action("resume", "queue a paused job again", _command(lambda c, o: c.resume_job(o.job)))
-    action(
-        "cancel",
-        "end a job; its last checkpoint stays",
-        _command(lambda c, o: c.cancel_job(o.job), ends_run=True),
-    )
+    action("cancel", "end a job; its last checkpoint stays", _command(lambda c, o: c.cancel_job(o.job)))
     action("checkpoint", "save a checkpoint now", _command(lambda c, o: c.checkpoint_job(o.job)))
     action("evaluate", "evaluate now and print the metrics", _evaluate)
     rate = action(

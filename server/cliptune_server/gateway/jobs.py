@@ -172,7 +172,7 @@ _CONTROL: Final[dict[str, Any]] = {"response_model": ControlJson, "responses": p
 
 @router.post("/{job_id}/pause", summary="Pause", **_CONTROL)
 async def pause_job(request: Request, job_id: JobId) -> Response:
-    """Checkpoint, then release the device. Returns when that is done."""
+    """Checkpoint, then release the device. Returns when the job is PAUSED."""
     return await _control(request, job_id, job_pb2.JobCommand(pause=job_pb2.PauseCommand()))
 
 
@@ -184,7 +184,7 @@ async def resume_job(request: Request, job_id: JobId) -> Response:
 
 @router.post("/{job_id}/cancel", summary="Cancel", **_CONTROL)
 async def cancel_job(request: Request, job_id: JobId) -> Response:
-    """End the job; its last checkpoint stays."""
+    """End the job; its last checkpoint stays. Returns when the job is CANCELLED."""
     return await _control(request, job_id, job_pb2.JobCommand(cancel=job_pb2.CancelCommand()))
 
 

@@ -139,9 +139,9 @@ def test_a_running_job_obeys_every_command_over_rest(daemon: RunningDaemon, rest
         assert told.status_code == 200, told.text
         assert told.json()["event_number"] > after
         after = told.json()["event_number"]
-    assert rest.post(f"/v1/jobs/{job_id}/pause").json()["command_id"]
-    while rest.get(f"/v1/jobs/{job_id}").json()["state"] != "JOB_STATE_PAUSED":
-        after = until(rest, job_id, "state", after=after)
+    paused = rest.post(f"/v1/jobs/{job_id}/pause").json()
+    assert paused["command_id"]
+    assert paused["job"]["state"] == "JOB_STATE_PAUSED"
     resumed = rest.post(f"/v1/jobs/{job_id}/resume").json()
     assert resumed["job"]["state"] in ("JOB_STATE_QUEUED", "JOB_STATE_RUNNING")
     assert rest.post(f"/v1/jobs/{job_id}/cancel").status_code == 200

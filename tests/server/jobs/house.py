@@ -54,6 +54,7 @@ async def open_jobs(
     publisher: Publisher | None = None,
     grace_s: float = 20.0,
     cancel_grace_s: float = 60.0,
+    settle_s: float = 60.0,
 ) -> AsyncIterator[Jobs]:
     """Jobs of the home root/home that may read `root`; stopped in order at the end."""
     with Home.open(root / "home") as home:
@@ -64,7 +65,7 @@ async def open_jobs(
             launcher=LocalLauncher(command),
             link=LinkService(home.link_path()),
             publisher=publisher or FolderPublisher(),
-            config=JobsConfig(data_roots=(root,), cancel_grace_s=cancel_grace_s),
+            config=JobsConfig(data_roots=(root,), cancel_grace_s=cancel_grace_s, settle_s=settle_s),
         )
         try:
             await jobs.start()

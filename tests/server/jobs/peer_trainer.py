@@ -2,7 +2,8 @@
 
 Started by `LocalLauncher` like the real one, with the real one's journal and link. What it does follows from
 the spec: `train.max_steps` steps of about 5 ms; the name says how it misbehaves ("crashes": dies at step 3 of
-every attempt). A checkpoint is the number of the step, in a file.
+every attempt; "lingers": says yes to a pause and stays until it is told something else). A checkpoint is the
+number of the step, in a file.
 """
 
 from __future__ import annotations
@@ -94,6 +95,8 @@ def train(
             journal.append(job_pb2.JobEvent(command=done))
         match name:
             case "pause":
+                if spec.name == "lingers":
+                    inbox.wait()
                 return trainer_pb2.OUTCOME_PAUSED
             case "suspend":
                 return trainer_pb2.OUTCOME_SUSPENDED

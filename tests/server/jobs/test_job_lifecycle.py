@@ -14,6 +14,7 @@ import structlog
 
 from cliptune.errors import (
     DataError,
+    DeadlineExceededError,
     InvalidInputError,
     JobNotFoundError,
     JobStateError,
@@ -91,6 +92,7 @@ async def test_pause_frees_the_device_and_resume_goes_on_from_the_checkpoint(tmp
         job = await create(jobs, peer_spec(tmp_path, steps=LONG))
         await collect(jobs, job.id, until=at_step(5))
         answer = await jobs.control(job.id, PAUSE)
+        assert answer.job.state == JOB_STATE_PAUSED
         events = await collect(jobs, job.id, until=in_state(JOB_STATE_PAUSED))
         done = events[answer.event_number - 1]
         assert done.command.command_id == answer.command_id
@@ -99,7 +101,7 @@ async def test_pause_frees_the_device_and_resume_goes_on_from_the_checkpoint(tmp
         more = await collect(jobs, job.id, after=events[-1].number, until=at_step(1, attempt=2))
         paused_at = next(e.checkpoint.step for e in events if e.HasField("checkpoint"))
         assert more[-1].progress.step == paused_at + 1
-        await jobs.control(job.id, CANCEL)
+        assert (await jobs.control(job.id, CANCEL)).job.state == JOB_STATE_CANCELLED
         assert states(await collect(jobs, job.id))[-1] == "CANCELLED"
 
 
@@ -183,6 +185,16 @@ async def test_a_trainer_that_ignores_cancel_is_killed(tmp_path: Path) -> None:
         events = await collect(jobs, job.id)
         assert states(events)[-1] == "CANCELLED"
         assert events[answer.event_number - 1].command.command == "cancel"
+
+
+async def test_a_trainer_that_agrees_to_pause_and_stays_is_told_to_the_caller(tmp_path: Path) -> None:
+    async with open_jobs(tmp_path, settle_s=0.3) as jobs:
+        job = await create(jobs, peer_spec(tmp_path, "lingers", steps=LONG))
+        await collect(jobs, job.id, until=at_step(1))
+        with pytest.raises(DeadlineExceededError, match=r"accepted the pause .* still RUNNING"):
+            await jobs.control(job.id, PAUSE)
+        await jobs.control(job.id, CANCEL)
+        assert states(await collect(jobs, job.id))[-1] == "CANCELLED"
 
 
 async def test_jobs_of_one_device_run_one_after_the_other_in_order(tmp_path: Path) -> None:
