@@ -1,23 +1,22 @@
-"""What `cliptune doctor` looks at: the machine, what is installed, what was chosen and why, and proofs.
+"""What `cliptune doctor` looks at: the machine, what is installed, proofs, and what is chosen and why.
 
-Enters: a home, a device. Leaves: `Check`s for `cliptune_model.cli` to print. Nothing here fails with an
-exception: what is broken becomes a failed check. torch and open_clip are imported inside, because a torch
-that cannot be imported is one of the things to be told.
+Enters: a home, a device. Leaves: `Check`s and `Choice`s for `cliptune_model.cli` to print, and in the home
+what was proved. Nothing here fails with an exception: what is broken becomes a failed check. torch and
+open_clip are imported inside, because a torch that cannot be imported is one of the things to be told.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
@@ -25,6 +24,11 @@ from typing import Final, Literal
 import grpc
 
 from cliptune.errors import CliptuneError
+from cliptune_model.choice import Choice
+from cliptune_model.hardware import GIB, NEWEST_GENERATION, Machine, detect, host
+from cliptune_model.policy import Tower, Wishes, Workload, decide, prepare_process
+from cliptune_model.proofs import FILE, UNKNOWN, Proof, Proofs, save_proofs
+from cliptune_model.rules import choose_device_by_proofs
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -42,9 +46,37 @@ LITTLE_MEMORY_BYTES: Final = 4 * 2**30
 LITTLE_DISK_BYTES: Final = 2 * 2**30
 DAEMON_TIMEOUT_S: Final = 3.0
 
-# Relative differences. Right fp32 arithmetic stays below 1e-4; wrong gradients are far above.
-FINE_DIFFERENCE: Final = 1e-3
-WRONG_DIFFERENCE: Final = 1e-2
+# Jobs cannot be trained where these fail; the other proofs only narrow the choices.
+_VITAL: Final = ("gradients", "real shapes")
+# What the table of choices is made for. A job's own are made for its model, and counted on it.
+_BATCH_SIZE: Final = 256
+_LAYERS_12: Final = Tower(layers=12, width=768, heads=12)
+_EXAMPLES: Final[Mapping[str, Workload]] = {
+    "ViT-B/32": Workload(
+        image_tokens=50,
+        text_tokens=77,
+        parameters=151_277_313,
+        batch_size=_BATCH_SIZE,
+        image=_LAYERS_12,
+        text=Tower(layers=12, width=512, heads=8),
+    ),
+    "ViT-B/16": Workload(
+        image_tokens=197,
+        text_tokens=77,
+        parameters=149_620_737,
+        batch_size=_BATCH_SIZE,
+        image=_LAYERS_12,
+        text=Tower(layers=12, width=512, heads=8),
+    ),
+    "ViT-L/14": Workload(
+        image_tokens=257,
+        text_tokens=77,
+        parameters=427_616_513,
+        batch_size=_BATCH_SIZE,
+        image=Tower(layers=24, width=1024, heads=16),
+        text=_LAYERS_12,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,76 +92,149 @@ class Check:
 Answer = tuple[Status, str]
 
 
-def diagnose(home: Path, wanted_device: str = "auto") -> Iterator[Check]:
-    """Every check in order, each yielded as soon as it is done."""
-    yield _check("python", _python)
-    yield _check("platform", _platform)
-    yield _check("memory", _memory)
-    yield _check("packages", _packages)
-    yield _check("home", lambda: _home(home))
-    yield _check("daemon", lambda: _daemon(home))
-    imports = _check("imports", _imports)
-    yield imports
-    if imports.status == "fail":
-        return
-    from cliptune_model import device as devices
-    from cliptune_model.hardware import host
+class Diagnosis:
+    """One look at this machine. Read `checks` to their end; then `choices` are known.
 
-    yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {host().chip}"))
-    chosen: list[str] = []
+    Args:
+        home: where proofs are kept.
+        wanted_device: "auto" or a name.
+    """
 
-    def choose() -> Answer:
-        choice = devices.choose_device(wanted_device)
-        chosen.append(choice.value)
-        return "ok", f"{choice.value}: {choice.reason}"
+    def __init__(self, home: Path, wanted_device: str = "auto") -> None:
+        self._home, self._wanted = home, wanted_device
+        self.choices: tuple[Choice, ...] = ()
 
-    yield _check("device", choose)
-    if not chosen:
-        return
-    yield _check("precision", lambda: _told(devices.choose_precision("auto", chosen[0])))
-    yield _check("threads", lambda: _told(devices.choose_threads(None)))
-    yield from _proofs(chosen[0])
+    def checks(self) -> Iterator[Check]:
+        """Every check in order, each yielded as soon as it is done."""
+        yield _check("python", _python)
+        yield _check("platform", _platform)
+        yield _check("memory", _memory)
+        yield _check("packages", _packages)
+        yield _check("home", lambda: _home(self._home))
+        yield _check("daemon", lambda: _daemon(self._home))
+        imports = _check("imports", _imports)
+        yield imports
+        if imports.status == "fail":
+            return
+        from cliptune_model import device as devices
 
+        yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {host().chip}"))
+        chosen: list[Choice] = []
 
-def _proofs(device: str) -> Iterator[Check]:
-    from cliptune_model import proving as proofs
-    from cliptune_model.pixels import FORMATS
+        def choose() -> Answer:
+            # Before anything touches the device: its allocator reads them once.
+            prepare_process(self._wanted, host())
+            chosen.append(devices.choose_device(self._wanted))
+            return "ok", f"{chosen[0].value}: {chosen[0].reason}"
 
-    def gradients() -> Answer:
-        what = f"forward and backward in fp32 on {device} against float64 on the CPU"
-        return _judged(proofs.gradient_difference(device), what)
+        yield _check("device", choose)
+        if not chosen:
+            return
+        machine: list[Machine] = []
 
-    def long_sums() -> Answer:
-        status, reason = _judged(
-            proofs.long_sum_difference(device), f"a sum over {proofs.LONG_ROWS:,} rows on {device}"
+        def look() -> Answer:
+            machine.append(detect(chosen[0].value))
+            return _machine(machine[0])
+
+        yield _check("machine", look)
+        if machine:
+            yield from self._prove(chosen[0], machine[0])
+        yield from _whole_models(chosen[0].value)
+
+    def _prove(self, device: Choice, machine: Machine) -> Iterator[Check]:
+        from cliptune_model.proving import CONSEQUENCES, prove_all
+
+        found: dict[str, Proof] = {}
+        started = time.perf_counter()
+        for name, proof in prove_all(device.value):
+            found[name] = proof
+            consequence = f", so {CONSEQUENCES[name]}" if name in CONSEQUENCES else ""
+            status: Status = "ok" if proof.holds else "fail" if name in _VITAL or not consequence else "warn"
+            now = time.perf_counter()
+            yield Check(
+                name=name,
+                status=status,
+                reason=proof.told if proof.holds else f"{proof.told}: wrong{consequence}",
+                seconds=round(now - started, 3),
+            )
+            started = now
+        proofs = Proofs(found=found)
+        yield _check("proofs", lambda: _kept(self._home, device.value, machine, proofs))
+        yield _check("choices", lambda: self._choose(device, machine, proofs))
+
+    def _choose(self, device: Choice, machine: Machine, proofs: Proofs) -> Answer:
+        safe = choose_device_by_proofs(device, proofs)
+        if safe.value != device.value:
+            machine, proofs = detect(safe.value), UNKNOWN
+        policies = {
+            name: decide(machine, safe, Wishes(), workload, proofs) for name, workload in _EXAMPLES.items()
+        }
+        general, *_ = policies.values()
+        self.choices = (
+            *(choice for choice in general.choices if choice.subject not in _OF_THE_MODEL),
+            *(
+                replace(choice, subject=f"{name} {choice.subject}")
+                for name, policy in policies.items()
+                for choice in policy.choices
+                if choice.subject in _OF_THE_MODEL
+            ),
         )
-        if status == "ok":
-            return status, reason
-        return status, f"{reason}; keep batch size × tokens below 32,767 (a newer torch may be free of this)"
+        return "ok", f"{len(self.choices)} made, with reasons; model by model for {_BATCH_SIZE} pairs a batch"
+
+
+# These depend on the model; the others on the machine alone.
+_OF_THE_MODEL: Final = ("precision", "micro_batch_size", "max_micro_batch", "checkpointing", "attention")
+
+
+def _whole_models(device: str) -> Iterator[Check]:
+    from cliptune_model.pixels import FORMATS
+    from cliptune_model.proving import model
 
     def export() -> Answer:
-        difference = proofs.export_difference(device)
+        difference = model.export_difference(device)
         return (
             "ok" if difference == 0 else "fail",
             f"exported and loaded again; vectors differ by {difference:g}",
         )
 
     def tokeniser() -> Answer:
-        tokens = proofs.tokens_of_a_cat()
-        return "ok" if tokens == proofs.CAT_TOKENS else "fail", f"{proofs.PROBE_TEXTS[0]!r} is {list(tokens)}"
+        tokens = model.tokens_of_a_cat()
+        return "ok" if tokens == model.CAT_TOKENS else "fail", f"{model.PROBE_TEXTS[0]!r} is {list(tokens)}"
 
     def images() -> Answer:
-        good = proofs.decodable_formats()
+        good = model.decodable_formats()
         missing = [kind for kind in FORMATS if kind not in good]
         if missing:
             return "fail", f"this Pillow does not read {', '.join(missing)}"
         return "ok", f"{', '.join(good)} are read, truncated ones refused"
 
-    yield _check("gradients", gradients)
-    yield _check("long sums", long_sums)
     yield _check("export", export)
     yield _check("tokeniser", tokeniser)
     yield _check("images", images)
+
+
+def _machine(machine: Machine) -> Answer:
+    told = f"{machine.chip}, {machine.cores} cores, {machine.memory_bytes / GIB:.1f} GiB"
+    if machine.container:
+        told += " by the container's limits"
+    if machine.accelerator != "cpu":
+        told += f"; GPU: {machine.gpu_cores} cores, {machine.gpu_memory_bytes / GIB:.1f} GiB"
+    if machine.gpu_tflops:
+        source = "by table" if machine.in_table else "by a timed matmul"
+        told += f", {machine.gpu_tflops:g} TFLOP/s in fp32 {source}"
+    if machine.accelerator == "mps" and not machine.in_table:
+        return "warn", f"{told}; unknown chip, taken as the newest known (M{NEWEST_GENERATION})"
+    return "ok", told
+
+
+def _kept(home: Path, device: str, machine: Machine, proofs: Proofs) -> Answer:
+    try:
+        save_proofs(home, device, machine, proofs)
+    except OSError as error:
+        return "warn", f"cannot be kept in {home}: {error.strerror or error}; jobs will not know them"
+    failed = [name for name, proof in proofs.found.items() if not proof.holds]
+    told = f"kept in {home / FILE} for jobs and engines"
+    return "ok", f"{told}; to be avoided: {', '.join(failed)}" if failed else told
 
 
 def _check(name: str, look: Callable[[], Answer]) -> Check:
@@ -143,17 +248,6 @@ def _check(name: str, look: Callable[[], Answer]) -> Check:
     return Check(name=name, status=status, reason=reason, seconds=round(time.perf_counter() - started, 3))
 
 
-def _told(choice: object) -> Answer:
-    return "ok", f"{getattr(choice, 'value', '')}: {getattr(choice, 'reason', '')}"
-
-
-def _judged(difference: float, what: str) -> Answer:
-    told = f"{what}: relative difference {difference:.1e}"
-    if math.isnan(difference) or difference > WRONG_DIFFERENCE:
-        return "fail", f"{told}, which is wrong"
-    return "ok" if difference <= FINE_DIFFERENCE else "warn", told
-
-
 def _python() -> Answer:
     told = f"{platform.python_version()} at {sys.executable}"
     if (3, 11) <= sys.version_info[:2] <= (3, 13):
@@ -165,8 +259,8 @@ def _platform() -> Answer:
     told = f"{platform.system()} {platform.release()} on {platform.machine()}"
     if platform.system() not in ("Linux", "Darwin"):
         return "warn", f"{told}; cliptune is made for Linux and macOS"
-    if platform.system() == "Darwin" and platform.machine() == "x86_64":
-        return "warn", f"{told}; on Apple silicon this is an Intel Python under Rosetta: install an arm64 one"
+    if host().rosetta:
+        return "fail", f"{told}: an Intel Python under Rosetta cannot use Apple's GPU; install an arm64 one"
     return "ok", told
 
 

@@ -13,7 +13,7 @@ from typing import Final, Literal
 from cliptune.errors import InvalidInputError
 from cliptune_model.choice import Choice
 from cliptune_model.hardware import GIB, Machine
-from cliptune_model.proofs import Proofs
+from cliptune_model.proofs import Proof, Proofs
 from cliptune_model.rules import (
     ATTENTIONS,
     PRECISIONS,
@@ -25,8 +25,8 @@ from cliptune_model.rules import (
 )
 from cliptune_model.workload import Workload
 
-# A micro-batch below this leaves a GPU idle: half precision, then recomputing, come before going lower.
-_USEFUL_PAIRS: Final = 24
+# A micro-batch below this leaves the device idle: half precision, then recomputing, come before going lower.
+_USEFUL_PAIRS: Final = {"mps": 24, "cuda": 24, "cpu": 4}
 _MULTIPLE: Final = 8
 # Live tensors against what the device holds: heaps, fragments, compiled graphs.
 _OVERHEAD: Final = {"mps": 1.4, "cuda": 1.15, "cpu": 1.2}
@@ -74,10 +74,16 @@ def fit(
     else:
         precisions = [choose_precision(wishes.precision, machine, proofs)]
     switches: list[Literal["off", "on"]] = ["off", "on"]
-    if wishes.checkpointing != "auto":
+    broken = proofs.failed("checkpointing")
+    if broken and wishes.checkpointing == "on":
+        raise InvalidInputError(
+            f"checkpointing 'on': cliptune doctor found it broken on this device ({broken.told}); use 'off'",
+            allowed="auto, off",
+        )
+    if wishes.checkpointing != "auto" or broken:
         switches = ["on" if wishes.checkpointing == "on" else "off"]
     most = workload.batch_size if cap.value == "none" else min(workload.batch_size, int(cap.value))
-    wanted = min(wishes.micro_batch_size or _USEFUL_PAIRS, most)
+    wanted = min(wishes.micro_batch_size or _USEFUL_PAIRS[machine.accelerator], most)
     smallest = 0
     shapes: list[tuple[int, Fit]] = []
     for switch in switches:
@@ -96,7 +102,7 @@ def fit(
             told = f"about {_mib(pair_bytes)} a pair in {gib(room_bytes)} beside the weights"
             shape = Fit(
                 precision=precision,
-                checkpointing=_checkpointing(wishes, switch, smallest),
+                checkpointing=_checkpointing(wishes, switch, smallest, broken),
                 attention=attention,
                 micro_batch_size=_micro_batch(wishes, pairs, most, cap, told),
             )
@@ -125,9 +131,11 @@ def _micro_batch(wishes: Wishes, pairs: int, most: int, cap: Choice, told: str) 
     return Choice(subject=subject, value=str(value), reason=told)
 
 
-def _checkpointing(wishes: Wishes, switch: str, pairs_without: int) -> Choice:
+def _checkpointing(wishes: Wishes, switch: str, pairs_without: int, broken: Proof | None) -> Choice:
     if wishes.checkpointing != "auto":
         return Choice(subject="checkpointing", value=switch, reason="asked for")
+    if broken:
+        return Choice(subject="checkpointing", value="off", reason=f"doctor's proof failed: {broken.told}")
     reason = "the activations fit as they are"
     if switch == "on":
         reason = (

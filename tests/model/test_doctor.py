@@ -16,13 +16,15 @@ import pytest
 import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from cliptune_model import doctor as doctor_module
-from cliptune_model import proving as proofs
 from cliptune_model.cli import doctor
-from cliptune_model.doctor import Check, diagnose
+from cliptune_model.doctor import Check, Diagnosis
+from cliptune_model.hardware import detect
+from cliptune_model.proofs import FILE, Proof, load_proofs
+from cliptune_model.proving import CONSEQUENCES, PROVERS
 
-NAMES = ["python", "platform", "memory", "packages", "home", "daemon", "imports", "devices", "device",
-         "precision", "threads", "gradients", "long sums", "export", "tokeniser", "images"]  # fmt: skip
+LOOKED_AT = ["python", "platform", "memory", "packages", "home", "daemon", "imports", "devices", "device",
+             "machine"]  # fmt: skip
+NAMES = [*LOOKED_AT, *PROVERS, "proofs", "choices", "export", "tokeniser", "images"]
 
 
 def run(*arguments: str) -> int:
@@ -32,7 +34,7 @@ def run(*arguments: str) -> int:
 
 
 def daemon_check(home: Path) -> Check:
-    return next(check for check in diagnose(home) if check.name == "daemon")
+    return next(check for check in Diagnosis(home).checks() if check.name == "daemon")
 
 
 def test_on_this_machine_every_proof_holds_and_its_difference_is_told(
@@ -44,10 +46,16 @@ def test_on_this_machine_every_proof_holds_and_its_difference_is_told(
     assert report["ok"] is True
     assert list(checks) == NAMES
     assert all(check["status"] in ("ok", "warn") for check in checks.values())
-    assert all(checks[name]["status"] == "ok" for name in NAMES[-5:])
+    assert all(checks[name]["status"] == "ok" for name in NAMES[len(LOOKED_AT) :])
     assert "relative difference" in checks["gradients"]["reason"]
     assert torch.__version__.split("+")[0] in checks["packages"]["reason"]
-    assert not (tmp_path / "new").exists()  # looking changes nothing
+    choices = {choice["subject"]: choice for choice in report["choices"]}
+    assert choices["threads"]["value"].isdigit()
+    assert {"ViT-B/32 precision", "ViT-L/14 micro_batch_size", "ViT-B/16 attention"} <= set(choices)
+    assert all(choice["reason"] for choice in choices.values())
+    kept = load_proofs(tmp_path / "new", "cpu", detect("cpu"))
+    assert set(kept.found) == set(PROVERS)
+    assert all(kept.holds(name) for name in PROVERS)
 
 
 def test_a_failed_check_is_named_and_sets_the_exit_status(
@@ -61,7 +69,7 @@ def test_a_failed_check_is_named_and_sets_the_exit_status(
 
 def test_a_home_that_cannot_be_written_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    checks = {check.name: check for check in diagnose(tmp_path / "file" / "home", "no-such-device")}
+    checks = {check.name: check for check in Diagnosis(tmp_path / "file" / "home", "no-such-device").checks()}
     assert checks["home"].status == "fail"
     assert "CLIPTUNE_HOME" in checks["home"].reason
 
@@ -117,22 +125,46 @@ def test_a_daemon_that_is_gone_is_told_from_one_that_does_not_answer(tmp_path: P
     assert "damaged" in daemon_check(tmp_path).reason
 
 
-def test_wrong_arithmetic_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = torch.nn.functional.normalize
+def test_a_failed_proof_is_told_with_what_is_done_instead_kept_and_heeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A device that sums wrongly, whose fused optimiser and whose own attention are broken.
+    for name in PROVERS:
+        holds = name not in ("long sums", "fused optimiser", "sdpa attention")
+        told = Proof(holds=holds, told=f"{name}: relative difference {0.0 if holds else 0.4:.1e}")
+        monkeypatch.setitem(PROVERS, name, lambda device, sizes, told=told: told)  # type: ignore[misc]
+    assert run("--json", "--device", "cpu", "--home", str(tmp_path)) == 0  # the machine can be used
+    report = json.loads(capsys.readouterr().out)
+    checks = {check["name"]: check for check in report["checks"]}
+    for name in ("long sums", "fused optimiser", "sdpa attention"):
+        assert checks[name]["status"] == "warn"
+        assert CONSEQUENCES[name] in checks[name]["reason"]
+    choices = {choice["subject"]: choice for choice in report["choices"]}
+    assert choices["longest_sum"]["value"] == "32766"
+    assert choices["ViT-B/16 max_micro_batch"]["value"] == "166"
+    assert choices["fused_optimizer"]["value"] == "off"
+    assert choices["ViT-B/16 attention"]["value"] == "sliced"
+    assert "broken by doctor" in choices["ViT-B/16 attention"]["reason"]
+    assert load_proofs(tmp_path, "cpu", detect("cpu")).failed("long sums") is not None
 
-    def wrong_in_fp32(x: torch.Tensor, dim: int) -> torch.Tensor:
-        return right(x, dim=dim) * (1.05 if x.dtype == torch.float32 else 1.0)
 
-    assert proofs.gradient_difference("cpu") < 1e-4
-    monkeypatch.setattr(proofs.F, "normalize", wrong_in_fp32)
-    assert proofs.gradient_difference("cpu") > doctor_module.WRONG_DIFFERENCE
+def test_wrong_gradients_fail_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in PROVERS:
+        told = Proof(holds=name != "real shapes", told="relative difference 0.4")
+        monkeypatch.setitem(PROVERS, name, lambda device, sizes, told=told: told)  # type: ignore[misc]
+    assert run("--device", "cpu", "--home", str(tmp_path)) == 1
+    assert "failed: real shapes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("difference", "status"), [(1e-6, "ok"), (5e-3, "warn"), (0.4, "fail"), (float("nan"), "fail")]
-)
-def test_a_difference_is_judged_by_its_size(difference: float, status: str) -> None:
-    assert doctor_module._judged(difference, "it")[0] == status
+def test_proofs_that_cannot_be_kept_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PROVERS:
+        monkeypatch.setitem(PROVERS, name, lambda device, sizes: Proof(holds=True, told="right"))
+    (tmp_path / FILE).mkdir()
+    checks = {check.name: check for check in Diagnosis(tmp_path, "cpu").checks()}
+    assert checks["proofs"].status == "warn"
+    assert "jobs will not know" in checks["proofs"].reason
 
 
 def test_a_torch_that_cannot_be_imported_is_told_with_the_remedy(tmp_path: Path) -> None:
