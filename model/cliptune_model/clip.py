@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from cliptune.errors import InvalidInputError, WeightsUnavailableError
 from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
+from cliptune_model.text_tower import encode_text
 from cliptune_model.tokens import check_text, without_waste
-from cliptune_model.trimming import TextTrim, encode_text
+from cliptune_model.trimming import TextTrim
 
 # What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
 _BAD_WEIGHTS: Final = (
