@@ -28,6 +28,7 @@ from cliptune import (
 )
 from cliptune_model.exported import load_exported
 from cliptune_trainer.data.decode import Decoder
+from cliptune_trainer.data.images import Normalisation
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.datasets import Shapes, write_shapes
 
@@ -158,13 +159,16 @@ def test_trainer_server_and_plain_open_clip_agree_on_the_same_bytes(
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     plain.eval()
     trained = load_exported(folder)
-    decode = Decoder(preprocess=trained.transform)
+    decode = Decoder.of(trained.preprocess_config)
+    normalise = Normalisation.of(trained.preprocess_config, trained.device)
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
         plain_images = plain.encode_image(pixels, normalize=True).numpy()
         plain_texts = plain.encode_text(tokenizer(texts), normalize=True).numpy()
-        decoded = torch.stack([torch.as_tensor(decode(path, 0, row)) for row, path in enumerate(paths)])
-        trainer_images = torch.nn.functional.normalize(trained.encode_images(decoded), dim=-1).numpy()
+        decoded = torch.from_numpy(np.stack([decode(path) for path in paths]))
+        trainer_images = torch.nn.functional.normalize(
+            trained.encode_images(normalise(decoded)), dim=-1
+        ).numpy()
     np.testing.assert_allclose(served_images, plain_images, atol=1e-5, rtol=0)
     np.testing.assert_allclose(trainer_images, plain_images, atol=1e-5, rtol=0)
     np.testing.assert_allclose(served_texts, plain_texts, atol=1e-5, rtol=0)

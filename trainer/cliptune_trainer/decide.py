@@ -11,6 +11,7 @@ from typing import Final
 
 from cliptune_model.clip import Clip
 from cliptune_model.device import Choice, choose_device, choose_precision, choose_threads
+from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
 
@@ -48,6 +49,8 @@ class Decisions:
     total_steps: int
     learning_rate: float
     classes: tuple[ClassConfig, ...]
+    workers: int
+    exact_decode: bool
     choices: tuple[Choice, ...]
     remarks: tuple[Remark, ...]
 
@@ -77,6 +80,10 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
     total_steps = steps_per_epoch * spec.train.epochs
     if spec.train.max_steps is not None:
         total_steps = min(total_steps, spec.train.max_steps)
+
+    workers = choose_workers(spec.data.workers, hardware.device.value, rows)
+    decode = choose_decode(spec.data.decode, hardware.device.value)
+    choices += [workers, decode]
 
     learning_rate = spec.train.learning_rate
     if learning_rate is None:
@@ -109,6 +116,8 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         total_steps=total_steps,
         learning_rate=learning_rate,
         classes=classes,
+        workers=int(workers.value),
+        exact_decode=decode.value == "exact",
         choices=tuple(choices),
         remarks=tuple(remarks),
     )

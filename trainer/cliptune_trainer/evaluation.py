@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -25,6 +24,8 @@ from cliptune_model.similarity import normalise
 from cliptune_model.zero_shot import class_embeddings
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
+from cliptune_trainer.data.images import Normalisation
+from cliptune_trainer.data.source import ImageSource
 from cliptune_trainer.metrics import (
     DECIMALS,
     Floats,
@@ -164,12 +165,13 @@ def _ranks(queries_D: Floats, candidates_KD: Floats, positives: dict[int, list[i
 
 @torch.no_grad()
 def _embed_images(
-    clip: Clip, images: Sequence[Path], batch_size: int, interrupted: Callable[[], bool]
+    clip: Clip, images: Sequence[ImageSource], batch_size: int, interrupted: Callable[[], bool]
 ) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
     """Unit embeddings [I, D]; NaN and not readable where the file cannot be opened any more."""
     embeddings_ID = np.full((len(images), clip.embedding_dim), np.nan)
     readable_I = np.zeros(len(images), dtype=np.bool_)
-    decoder = Decoder(preprocess=clip.transform)
+    decoder = Decoder.of(clip.preprocess_config)
+    normalise_pixels = Normalisation.of(clip.preprocess_config, clip.device)
     with thread_pool() as pool:
         starts = range(0, len(images), batch_size)
         parts = [range(len(images))[start : start + batch_size] for start in starts]
@@ -183,8 +185,8 @@ def _embed_images(
             found = [(place, pixels) for place, pixels in opened if pixels is not None]
             if found:
                 places = [place for place, _ in found]
-                images_B3HW = torch.from_numpy(np.stack([pixels for _, pixels in found]))
-                embeddings_ID[places] = _numbers(clip.encode_images(images_B3HW.to(clip.device)))
+                pixels_BHW3 = torch.from_numpy(np.stack([pixels for _, pixels in found]))
+                embeddings_ID[places] = _numbers(clip.encode_images(normalise_pixels(pixels_BHW3)))
                 readable_I[places] = True
     return embeddings_ID, readable_I
 
@@ -206,9 +208,9 @@ def _numbers(embeddings_D: Tensor) -> Floats:
     return normalise(embeddings_D).cpu().numpy().astype(np.float64)
 
 
-def _open(decoder: Decoder, image: Path) -> Pixels | None:
+def _open(decoder: Decoder, image: ImageSource) -> Pixels | None:
     try:
-        return decoder(image, 0, 0)
+        return decoder(image)
     except (CliptuneError, OSError):
         return None
 

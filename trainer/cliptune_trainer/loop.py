@@ -29,7 +29,6 @@ from cliptune_model.device import device_memory_bytes
 from cliptune_trainer.checkpoint import TrainingState, random_state, restore_random_state, save_checkpoint
 from cliptune_trainer.commands import Inbox, command_name
 from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.decide import Decisions
@@ -110,11 +109,12 @@ class Training:
         )
         self._loader = Loader(
             dataset.train,
-            Decoder(preprocess=clip.transform, augmentation=spec.data.augmentation, seed=spec.train.seed),
-            clip.tokenize,
+            clip,
+            augmentation=spec.data.augmentation,
+            exact=decisions.exact_decode,
             batch_size=decisions.batch_size,
             seed=spec.train.seed,
-            workers=spec.data.workers,
+            workers=decisions.workers,
             max_bad=int(spec.data.max_bad_fraction * len(dataset.train)),
             bad_rows=counters.get("bad_rows", ()),
             on_bad_row=self._on_bad_row,

@@ -21,7 +21,6 @@ from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_trainer.data.dataset import Dataset, read_dataset
-from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, decide, decide_hardware
@@ -101,15 +100,14 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions) -> 
     """
     pairs = min(decisions.batch_size, _TIMED_PAIRS)
     scale = decisions.batch_size / pairs
-    decoder = Decoder(preprocess=clip.transform, augmentation=spec.data.augmentation, seed=spec.train.seed)
     precision = Precision("fp32", "cpu")
     optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=spec.train.weight_decay)
     step = Step(clip, LOSSES[spec.loss], optimizer, precision, clip_norm=spec.train.clip_norm)
     clip.model.train()
     with Loader(
         dataset.train,
-        decoder,
-        clip.tokenize,
+        clip,
+        augmentation=spec.data.augmentation,
         batch_size=pairs,
         seed=spec.train.seed,
         max_bad=len(dataset.train),

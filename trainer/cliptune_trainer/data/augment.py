@@ -1,18 +1,17 @@
-"""Training-time changes to an image, before the model's own preprocessing.
+"""Training-time changes to an image: which rectangle of it is used, and whether it is mirrored.
 
-Enters: an image and (seed, epoch, row). Leaves: an image. Called where a row is decoded, in whatever thread
-or process. The randomness is a pure function of (seed, epoch, row): where the loader stands is then told by
-(epoch, batch) alone, and a resumed run draws what the first one would have drawn.
+Enters: (seed, epoch) with a row or with the number of rows. Leaves: a rectangle, drawn where the row is
+decoded, or one decision a row, carried out on the device. The randomness is a pure function of what enters:
+where the loader stands is then told by (epoch, batch) alone, and a resumed run draws what the first one would
+have drawn.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Final
 
 import numpy as np
-from PIL import Image, ImageOps
 
 # Share of the area and aspect ratio that a crop keeps. Milder than ImageNet's: a caption describes the whole
 # image.
@@ -20,29 +19,24 @@ CROP_AREA: Final = (0.6, 1.0)
 CROP_ASPECT: Final = (3 / 4, 4 / 3)
 
 
-def augment(image: Image.Image, name: str, *, seed: int, epoch: int, row: int) -> Image.Image:
-    """Applies "none", "flip" (left-right, half of the time) or "crop" (a random rectangle)."""
+def random_rectangle(
+    width: int, height: int, *, seed: int, epoch: int, row: int
+) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of random area and aspect, as in Szegedy et al. 2015, section 6."""
     # Draws come from their own stream (1), apart from the one that orders an epoch.
-    return _AUGMENTATIONS[name](image, np.random.default_rng([seed, epoch, row, 1]))
-
-
-def _flip(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    return ImageOps.mirror(image) if random.random() < 0.5 else image
-
-
-def _crop(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """A rectangle of random area and aspect, as in Szegedy et al. 2015, section 6."""
-    area = image.width * image.height * random.uniform(*CROP_AREA)
+    random = np.random.default_rng([seed, epoch, row, 1])
+    area = width * height * random.uniform(*CROP_AREA)
     aspect = math.exp(random.uniform(math.log(CROP_ASPECT[0]), math.log(CROP_ASPECT[1])))
-    width = max(min(round(math.sqrt(area * aspect)), image.width), 1)
-    height = max(min(round(math.sqrt(area / aspect)), image.height), 1)
-    left = int(random.integers(0, image.width - width, endpoint=True))
-    top = int(random.integers(0, image.height - height, endpoint=True))
-    return image.crop((left, top, left + width, top + height))
+    crop_w = max(min(round(math.sqrt(area * aspect)), width), 1)
+    crop_h = max(min(round(math.sqrt(area / aspect)), height), 1)
+    left = int(random.integers(0, width - crop_w, endpoint=True))
+    top = int(random.integers(0, height - crop_h, endpoint=True))
+    return left, top, left + crop_w, top + crop_h
 
 
-_AUGMENTATIONS: Final[dict[str, Callable[[Image.Image, np.random.Generator], Image.Image]]] = {
-    "none": lambda image, random: image,
-    "flip": _flip,
-    "crop": _crop,
-}
+def mirrored(seed: int, epoch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which of an epoch's rows are flipped left to right: half of them, [rows]."""
+    flips: np.ndarray[tuple[int], np.dtype[np.bool_]] = (
+        np.random.default_rng([seed, epoch, 3]).random(rows) < 0.5
+    )
+    return flips

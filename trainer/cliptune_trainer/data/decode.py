@@ -1,88 +1,127 @@
-"""From an image file to the model's input, in a thread or in a process of its own.
+"""From the bytes of an image to the pixels that the model sees, as bytes.
 
-Enters: a path with (epoch, row). Leaves: preprocessed pixels. Called by the loader and by evaluation.
-Processes are spawned, never forked: neither a gRPC channel nor a device survives a fork.
+Enters: a `Request`. Leaves: uint8 [H, W, 3] at the model's size. Called by the loader, in threads or in
+processes of its own, and by evaluation. What is left to do, normalising, is exact on any device and is done
+there (`images`): a byte a value travels, not four. Imports no torch, so that a decoding process starts
+quickly.
+
+H, W: the model's image height and width.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import os
-import signal
-import threading
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from cliptune_model.pixels import decode_image
-from cliptune_trainer.data.augment import augment
+from cliptune.errors import CliptuneError
+from cliptune_model.pixels import decode_image, decode_scaled
+from cliptune_trainer.data.augment import random_rectangle
+from cliptune_trainer.data.geometry import Box, Framing, Geometry
+from cliptune_trainer.data.source import ImageSource, Request
 
-Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.float32]]  # [3, H, W]
+Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [H, W, 3]
+Bytes4: TypeAlias = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]  # [N, H, W, 3]
 _MAX_THREADS: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """Opens, augments and preprocesses an image.
+    """Opens, crops and resizes an image. Small and picklable.
 
-    `preprocess` maps an RGB image to float32 [3, H, W]; it must be picklable for processes.
+    Attributes:
+        geometry: which part of an image, at what size.
+        crop: take a random rectangle first.
+        seed: of the rectangles.
+        exact: as open_clip's evaluation transform, to the bit. Otherwise JPEGs are decoded at a fraction of
+            their size where that is enough, and every image is cropped and resized in one pass.
     """
 
-    preprocess: Callable[[Image.Image], Tensor]
-    augmentation: str = "none"
+    geometry: Geometry
+    crop: bool = False
     seed: int = 0
+    exact: bool = True
 
-    def __call__(self, image: Path, epoch: int, row: int) -> Pixels:
-        """Pixels [3, H, W] of an image file. Raises OSError, `ImageDecodeError` or `ImageSizeError`."""
-        decoded = decode_image(image.read_bytes())
-        augmented = augment(decoded, self.augmentation, seed=self.seed, epoch=epoch, row=row)
-        pixels: Pixels = self.preprocess(augmented).numpy()
+    @classmethod
+    def of(
+        cls,
+        preprocess_config: Mapping[str, Any],
+        *,
+        augmentation: str = "none",
+        seed: int = 0,
+        exact: bool = True,
+    ) -> Decoder:
+        """For a model's `preprocess_config`. Of the augmentations only "crop" is done here; "flip" is the
+        device's (`Images`)."""
+        return cls(
+            geometry=Geometry.of(preprocess_config), crop=augmentation == "crop", seed=seed, exact=exact
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, 3)."""
+        return self.geometry.height, self.geometry.width, 3
+
+    def __call__(self, image: ImageSource, epoch: int = 0, row: int = 0) -> Pixels:
+        """Pixels of an image. Raises OSError, `ImageDecodeError` or `ImageSizeError`."""
+        encoded = image.read_bytes()
+        whole = self._exactly(encoded, epoch, row) if self.exact else self._quickly(encoded, epoch, row)
+        pixels: Pixels = np.asarray(whole)
         return pixels
+
+    def _exactly(self, encoded: bytes, epoch: int, row: int) -> Image.Image:
+        image = decode_image(encoded)
+        if self.crop:
+            image = image.crop(random_rectangle(*image.size, seed=self.seed, epoch=epoch, row=row))
+        return self.geometry(image)
+
+    def _quickly(self, encoded: bytes, epoch: int, row: int) -> Image.Image:
+        framings: list[Framing] = []
+
+        def enough(width: int, height: int) -> tuple[int, int]:
+            box: Box | None = None
+            if self.crop:
+                box = random_rectangle(width, height, seed=self.seed, epoch=epoch, row=row)
+            framings.append(self.geometry.framing(width, height, box))
+            return framings[0].enough
+
+        image, scale = decode_scaled(encoded, enough)
+        (width, height) = framings[0].source
+        if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
+            enough(*image.size)  # the header did not tell the truth, or the format turned the image
+            scale = 1.0
+        return self.geometry.framed(image, framings[-1], scale)
+
+
+def decode_rows(decoder: Decoder, requests: Sequence[Request], pixels_NHW3: Bytes4) -> list[str]:
+    """Decodes one image after another into `pixels_NHW3`; for each, why it cannot be read, or ""."""
+    return [
+        _decode_row(decoder, request, pixels_HW3)
+        for request, pixels_HW3 in zip(requests, pixels_NHW3, strict=True)
+    ]
+
+
+def _decode_row(decoder: Decoder, request: Request, pixels_HW3: Pixels) -> str:
+    try:
+        pixels_HW3[:] = decoder(request.image, request.epoch, request.row)
+    except (CliptuneError, OSError) as error:
+        return reason(error)
+    return ""
+
+
+def reason(error: CliptuneError | OSError) -> str:
+    """What is wrong with an image, for a person. Never empty."""
+    if isinstance(error, CliptuneError):
+        return error.message or type(error).__name__
+    return error.strerror or str(error) or type(error).__name__
 
 
 def thread_pool() -> ThreadPoolExecutor:
     """Threads that decode: Pillow releases the interpreter's lock."""
     return ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS), thread_name_prefix="decode")
-
-
-def process_pool(workers: int, decoder: Decoder) -> ProcessPoolExecutor:
-    """Spawned processes, each holding `decoder`; give them `work`."""
-    return ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(decoder,),
-    )
-
-
-def work(image: Path, epoch: int, row: int) -> Pixels:
-    """Runs the process's decoder."""
-    if _worker_decoder is None:
-        raise RuntimeError("not a decoding process")
-    return _worker_decoder(image, epoch, row)
-
-
-_worker_decoder: Decoder | None = None
-
-
-def _start_worker(decoder: Decoder) -> None:
-    global _worker_decoder
-    _worker_decoder = decoder
-    # The trainer alone decides when to stop: a signal sent to the whole group must not take its images away.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A killed trainer leaves no orphans."""
-    parent.join()
-    os._exit(1)

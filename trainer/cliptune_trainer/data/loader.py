@@ -1,56 +1,46 @@
 """Batches of image-caption pairs, decoded ahead of the step that needs them.
 
-Enters: pairs and a decoder. Leaves: `Batch`es, one for each step. Called by the loop. Which rows a step sees
-and how they are augmented is a pure function of (seed, step), so a loader is restored by telling it the step
-to begin with.
+Enters: pairs and a model's preprocessing. Leaves: `Batch`es, one for each step. Called by the loop and by
+preparation. Which rows a step sees and how they are augmented is a pure function of (seed, step), so a loader
+is restored by telling it the step to begin with. What is told (bad rows, lost processes) is told in the
+caller's thread, with the batch that it concerns, however far ahead it was found.
 
-B: pairs in a batch, L: context length, H, W: image height and width.
+B: pairs in a batch, L: tokens, H, W: image height and width.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Self
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from cliptune.errors import CliptuneError, DataError
+from cliptune.errors import DataError
+from cliptune_model.clip import Clip
+from cliptune_trainer.data.assembly import Assembled, Assembly, Recipe
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.decode import Decoder, Pixels, process_pool, thread_pool, work
+from cliptune_trainer.data.decode import Decoder
+from cliptune_trainer.data.images import Images, Normalisation
+from cliptune_trainer.data.pools import Pool, open_pool
 from cliptune_trainer.data.table import Pair
-
-# Batches under way at once: one being stepped on, this many being decoded.
-_AHEAD: Final = 2
-# Rows tried in place of one whose image went bad.
-_MAX_STAND_INS: Final = 20
+from cliptune_trainer.data.transfer import Carrier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """What one step trains on. All tensors on the CPU."""
+    """What one step trains on, on the CPU or on the model's device already: `.to(device)` before use.
+
+    A slice of `images_B3HW` is float32, preprocessed.
+    """
 
     epoch: int
     index: int
-    images_B3HW: Tensor  # float32, preprocessed
-    tokens_BL: Tensor  # int64
+    images_B3HW: Tensor | Images
+    tokens_BL: Tensor  # int64; L: the shortest of a few lengths that holds the batch's texts
     image_ids_B: Tensor  # int64
     caption_ids_B: Tensor  # int64
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A batch whose images are being decoded. `places` are its rows' places in the split."""
-
-    epoch: int
-    index: int
-    places: list[int]
-    images: list[Future[Pixels]]
 
 
 class Loader:
@@ -59,121 +49,109 @@ class Loader:
 
     Args:
         pairs: the training split.
-        decoder: opens, augments and preprocesses an image.
-        tokenize: texts → int64 [B, L].
+        clip: the model: how it preprocesses and tokenises, and where it is.
         batch_size: pairs in a batch, at most `len(pairs)`.
         seed: of order, augmentation and stand-ins.
+        augmentation: "none", "flip" or "crop".
+        exact: decode as open_clip's evaluation transform does, to the bit; otherwise quicker (`Decoder`).
         workers: decoding processes; 0: threads of this one.
         max_bad: rows that may go bad while training.
         bad_rows: rows that had gone bad before a resume.
         on_bad_row: told about each row at the first time that its image cannot be read.
-        on_workers_lost: told when the decoding processes died; threads go on in their place.
+        on_workers_lost: told when the decoding processes died or cannot be had; threads take their place.
     """
 
     def __init__(
         self,
         pairs: Pairs,
-        decoder: Decoder,
-        tokenize: Callable[[Sequence[str]], Tensor],
+        clip: Clip,
         *,
         batch_size: int,
         seed: int,
-        workers: int | None = 0,
+        augmentation: str = "none",
+        exact: bool = True,
+        workers: int = 0,
         max_bad: int = 0,
         bad_rows: Sequence[int] = (),
         on_bad_row: Callable[[Pair, str], None] = lambda pair, reason: None,
         on_workers_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        workers = workers or 0
-        self._pairs, self._decoder, self._tokenize = pairs, decoder, tokenize
-        self._batch_size, self._seed, self._max_bad = batch_size, seed, max_bad
-        self._on_bad_row, self._on_workers_lost = on_bad_row, on_workers_lost
+        self._recipe = Recipe(
+            pairs=pairs,
+            decoder=Decoder.of(clip.preprocess_config, augmentation=augmentation, seed=seed, exact=exact),
+            tokenize=clip.tokenize_trimmed,
+            batch_size=batch_size,
+            seed=seed,
+            flip=augmentation == "flip",
+        )
+        self._normalisation = Normalisation.of(clip.preprocess_config, clip.device)
+        self._carrier = Carrier(clip.device)
+        self._max_bad, self._on_bad_row, self._on_workers_lost = max_bad, on_bad_row, on_workers_lost
         self.bad_rows = set(bad_rows)
-        self._pool: Executor = process_pool(workers, decoder) if workers else thread_pool()
-        self._in_processes = workers > 0
-        self._order: tuple[int, list[int]] = (-1, [])
+        self._pool = self._open_pool(workers)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._running: tuple[Assembly, Future[Assembled] | None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._end()
+        self._thread.shutdown(wait=True)
+        self._pool.close()
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole batches in an epoch."""
-        return len(self._pairs) // self._batch_size
+        return self._recipe.steps_per_epoch
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the decoding processes; none: threads decode."""
+        return (self._running[0].pool if self._running else self._pool).process_ids
 
     def batches(self, first_step: int, total_steps: int) -> Iterator[Batch]:
-        """The batches of steps `first_step` (from 0) up to `total_steps`, in order.
+        """The batches of steps `first_step` (from 0) up to `total_steps`, in order. One iteration at a time:
+        the one before ends here.
 
         Raises:
             DataError: more rows went bad than `max_bad`.
         """
-        pending: deque[_Pending] = deque()
+        self._end()
+        assembly = Assembly(self._recipe, self._pool, self._carrier, first_step, total_steps)
+        upcoming = self._thread.submit(assembly) if first_step < total_steps else None
+        self._running = (assembly, upcoming)
         for step in range(first_step, total_steps):
-            while len(pending) <= _AHEAD and step + len(pending) < total_steps:
-                pending.append(self._begin(step + len(pending)))
-            yield self._finish(pending.popleft())
+            if upcoming is None or self._running is None or self._running[0] is not assembly:
+                raise RuntimeError("these batches were ended")
+            assembled = upcoming.result()
+            # The step that gets this batch runs while the next one is put together.
+            upcoming = self._thread.submit(assembly) if step + 1 < total_steps else None
+            self._running = (assembly, upcoming)
+            yield self._deliver(assembled)
 
-    def _begin(self, step: int) -> _Pending:
-        epoch, index = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self._seed, epoch, len(self._pairs)))
-        places = self._order[1][index * self._batch_size : (index + 1) * self._batch_size]
-        return _Pending(epoch, index, places, [self._submit(place, epoch) for place in places])
-
-    def _submit(self, place: int, epoch: int) -> Future[Pixels]:
-        pair = self._pairs.pairs[place]
-        if self._in_processes:
-            try:
-                return self._pool.submit(work, pair.image, epoch, pair.row)
-            except BrokenProcessPool:
-                self._fall_back()
-        return self._pool.submit(self._decoder, pair.image, epoch, pair.row)
-
-    def _finish(self, batch: _Pending) -> Batch:
-        places: list[int] = []
-        images: list[Pixels] = []
-        for place, future in zip(batch.places, batch.images, strict=True):
-            seen, image = self._image(place, batch.epoch, future)
-            places.append(seen)
-            images.append(image)
+    def _deliver(self, assembled: Assembled) -> Batch:
+        if assembled.workers_lost:
+            self._on_workers_lost()
+        for pair, reason in assembled.bad:
+            self._count_bad(pair, reason)
+        if assembled.error is not None:
+            raise assembled.error
+        epoch, index = divmod(assembled.step, self.steps_per_epoch)
+        pixels_BHW3, tokens_BL, image_ids_B, caption_ids_B, *flips = assembled.transfer.arrive()
         return Batch(
-            epoch=batch.epoch,
-            index=batch.index,
-            images_B3HW=torch.from_numpy(np.stack(images)),
-            tokens_BL=self._tokenize([self._pairs.pairs[place].caption for place in places]),
-            image_ids_B=torch.from_numpy(self._pairs.image_ids[places]),
-            caption_ids_B=torch.from_numpy(self._pairs.caption_ids[places]),
+            epoch=epoch,
+            index=index,
+            images_B3HW=Images(pixels_BHW3, self._normalisation, flips[0] if flips else None),
+            tokens_BL=tokens_BL,
+            image_ids_B=image_ids_B,
+            caption_ids_B=caption_ids_B,
         )
 
-    def _image(self, place: int, epoch: int, future: Future[Pixels]) -> tuple[int, Pixels]:
-        """The row's image, or a stand-in's place and image: the same one whenever the run is repeated."""
-        pair = self._pairs.pairs[place]
-        try:
-            return place, future.result()
-        except BrokenProcessPool:
-            self._fall_back()
-            return self._image(place, epoch, self._submit(place, epoch))
-        except (CliptuneError, OSError) as error:
-            self._count_bad(pair, error)
-        random = np.random.default_rng([self._seed, epoch, pair.row, 2])
-        for stand_in in random.integers(0, len(self._pairs), size=_MAX_STAND_INS).tolist():
-            other = self._pairs.pairs[stand_in]
-            try:
-                return stand_in, self._decoder(other.image, epoch, other.row)
-            except (CliptuneError, OSError) as error:
-                self._count_bad(other, error)
-        raise DataError(
-            f"row {pair.row} and {_MAX_STAND_INS} others in its place cannot be read", row=pair.row
-        )
-
-    def _count_bad(self, pair: Pair, error: CliptuneError | OSError) -> None:
+    def _count_bad(self, pair: Pair, reason: str) -> None:
         if pair.row in self.bad_rows:
             return
         self.bad_rows.add(pair.row)
-        reason = error.message if isinstance(error, CliptuneError) else error.strerror or str(error)
         if len(self.bad_rows) > self._max_bad:
             raise DataError(
                 f"{len(self.bad_rows)} rows became unreadable while training, more than data.max_bad_fraction"
@@ -183,16 +161,22 @@ class Loader:
             )
         self._on_bad_row(pair, f"{pair.image.name}: {reason}")
 
-    def _fall_back(self) -> None:
-        """Decoding processes died (of memory, mostly): decode in threads from here on."""
-        if not self._in_processes:
+    def _open_pool(self, workers: int) -> Pool:
+        decoder, batch_size = self._recipe.decoder, self._recipe.batch_size
+        try:
+            return open_pool(decoder, workers=workers, batch_size=batch_size)
+        except OSError:  # no shared memory
+            self._on_workers_lost()
+            return open_pool(decoder, workers=0, batch_size=batch_size)
+
+    def _end(self) -> None:
+        """Ends the iteration that is under way, if there is one."""
+        if self._running is None:
             return
-        self._in_processes = False
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        self._pool = thread_pool()
-        self._on_workers_lost()
-
-
-def epoch_order(seed: int, epoch: int, rows: int) -> list[int]:
-    """The places of an epoch's rows, shuffled."""
-    return [int(place) for place in np.random.default_rng([seed, epoch, 0]).permutation(rows)]
+        assembly, upcoming = self._running
+        self._running = None
+        assembly.stop()
+        if upcoming is not None and not upcoming.cancel():
+            wait([upcoming])
+        assembly.abandon()
+        self._pool = assembly.pool

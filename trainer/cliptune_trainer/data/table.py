@@ -18,6 +18,7 @@ from typing import Final
 from cliptune.errors import CliptuneError, DataError, MissingColumnError
 from cliptune_model.tokens import check_text
 from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.data.source import ImageSource
 from cliptune_trainer.spec import DataConfig
 
 SPLITS: Final = {"train": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
@@ -28,7 +29,7 @@ class Pair:
     """A usable row. `row` 1 is the first after the header; `reference` is the image as the table has it."""
 
     row: int
-    image: Path
+    image: ImageSource
     reference: str
     caption: str
     label: str = ""

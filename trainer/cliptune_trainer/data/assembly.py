@@ -1,0 +1,216 @@
+"""From the order of an epoch to whole batches, ahead of the step that needs them.
+
+Enters: rows in the order in which steps use them. Leaves: `Assembled` batches, one after another. Runs in the
+loader's own thread; that thread hands chunks of rows to a pool, collects their pixels in order, puts
+stand-ins where an image cannot be read, tokenises, and starts the copy to the device.
+
+B: pairs in a batch, L: tokens, H, W: image height and width.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cliptune.errors import CliptuneError, DataError
+from cliptune_trainer.data.augment import mirrored
+from cliptune_trainer.data.dataset import Pairs
+from cliptune_trainer.data.decode import Bytes4, Decoder, Pixels, reason
+from cliptune_trainer.data.pools import Chunk, Pool, Threads
+from cliptune_trainer.data.source import Request
+from cliptune_trainer.data.table import Pair
+from cliptune_trainer.data.transfer import Carrier, Transfer
+
+# Rows tried in place of one whose image went bad.
+_MAX_STAND_INS: Final = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What batches are made of: all that which rows a step sees, and how, depends on."""
+
+    pairs: Pairs
+    decoder: Decoder
+    tokenize: Callable[[Sequence[str]], Tensor]
+    batch_size: int
+    seed: int
+    flip: bool
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in an epoch."""
+        return len(self.pairs) // self.batch_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Assembled:
+    """A batch, and what went wrong on the way.
+
+    Attributes:
+        step: that it is for.
+        transfer: of pixels, tokens, image ids, caption ids, and flips if there are any.
+        bad: rows whose image cannot be read, and why, in the order in which that was found.
+        error: no stand-in was found.
+        workers_lost: the pool's processes died.
+    """
+
+    step: int
+    transfer: Transfer
+    bad: tuple[tuple[Pair, str], ...]
+    error: DataError | None
+    workers_lost: bool
+
+
+class Assembly:
+    """The batches of steps `first_step` up to `total_steps`; call it once for each. Used by one thread.
+
+    Args:
+        recipe: what the batches are made of.
+        pool: decodes; threads take its place should its processes die.
+        carrier: to the device.
+        first_step, total_steps: counted from 0 over all epochs.
+    """
+
+    def __init__(
+        self, recipe: Recipe, pool: Pool, carrier: Carrier, first_step: int, total_steps: int
+    ) -> None:
+        self.pool = pool
+        self._recipe, self._carrier = recipe, carrier
+        # Requests run ahead of assembly, into the next epoch: both epochs are kept.
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(recipe.seed, epoch, len(recipe.pairs)))
+        self._flips = lru_cache(maxsize=1)(lambda epoch: mirrored(recipe.seed, epoch, len(recipe.pairs)))
+        self._step = first_step
+        self._requests = self._all_requests(first_step, total_steps)
+        self._waiting: deque[Chunk] = deque()
+        self._workers_lost = self._stopped = False
+
+    def __call__(self) -> Assembled:
+        """The next batch; its images are decoded when this returns."""
+        recipe, step = self._recipe, self._step
+        self._step += 1
+        epoch, places = self._places(step)
+        pixels_BHW3 = self._carrier.empty((len(places), *recipe.decoder.shape), torch.uint8)
+        bad, error = self._collect(pixels_BHW3.numpy(), places, epoch)
+        self._top_up()
+        pairs = recipe.pairs
+        tensors = [
+            pixels_BHW3,
+            recipe.tokenize([pairs.pairs[place].caption for place in places]),
+            torch.from_numpy(pairs.image_ids[places]),
+            torch.from_numpy(pairs.caption_ids[places]),
+        ]
+        if recipe.flip:
+            tensors.append(torch.from_numpy(self._flips(epoch)[places]))
+        lost, self._workers_lost = self._workers_lost, False
+        return Assembled(
+            step=step, transfer=self._carrier.begin(tensors), bad=bad, error=error, workers_lost=lost
+        )
+
+    def stop(self) -> None:
+        """Lets a call that is under way end soon, with `CancelledError`. From any thread."""
+        self._stopped = True
+
+    def abandon(self) -> None:
+        """Gives back what was decoded ahead. After the last call."""
+        wait([chunk.reasons for chunk in self._waiting if not chunk.reasons.cancel()])
+        while self._waiting:
+            self.pool.release(self._waiting.popleft())
+
+    def _places(self, step: int) -> tuple[int, list[int]]:
+        """The epoch of a step, and the places of its rows in the split."""
+        epoch, index = divmod(step, self._recipe.steps_per_epoch)
+        start = index * self._recipe.batch_size
+        return epoch, self._order(epoch)[start : start + self._recipe.batch_size].tolist()
+
+    def _all_requests(self, first_step: int, total_steps: int) -> Iterator[list[Request]]:
+        """Chunks in the order of use; none spans two steps."""
+        pairs = self._recipe.pairs.pairs
+        rows = self.pool.rows
+        for step in range(first_step, total_steps):
+            epoch, places = self._places(step)
+            for start in range(0, len(places), rows):
+                yield [
+                    Request(pairs[place].image, epoch, pairs[place].row)
+                    for place in places[start : start + rows]
+                ]
+
+    def _top_up(self) -> None:
+        """Keeps the pool busy, as far ahead as it has room for."""
+        while len(self._waiting) < self.pool.capacity and (requests := next(self._requests, None)):
+            self._waiting.append(self._submit(requests))
+
+    def _submit(self, requests: Sequence[Request]) -> Chunk:
+        try:
+            return self.pool.submit(requests)
+        except BrokenProcessPool:
+            self._fall_back()
+            return self.pool.submit(requests)
+
+    def _fall_back(self) -> None:
+        """Decoding processes died (of memory, mostly): decode in threads from here on."""
+        broken, self.pool = (
+            self.pool,
+            Threads(self._recipe.decoder, rows=self.pool.rows, capacity=self.pool.capacity),
+        )
+        unfinished = [chunk.requests for chunk in self._waiting]
+        self._waiting.clear()
+        broken.close()
+        self._waiting.extend(self.pool.submit(requests) for requests in unfinished)
+        self._workers_lost = True
+
+    def _collect(
+        self, pixels_BHW3: Bytes4, places: list[int], epoch: int
+    ) -> tuple[tuple[tuple[Pair, str], ...], DataError | None]:
+        """Fills `pixels_BHW3`. Where an image cannot be read, a stand-in takes its place, in `places` too."""
+        bad: list[tuple[Pair, str]] = []
+        error: DataError | None = None
+        filled = 0
+        while filled < len(places):
+            if self._stopped:
+                raise CancelledError
+            self._top_up()
+            try:
+                reasons = self._waiting[0].reasons.result()
+            except BrokenProcessPool:
+                self._fall_back()
+                continue
+            chunk = self._waiting.popleft()
+            pixels_BHW3[filled : filled + len(reasons)] = chunk.pixels_NHW3
+            self.pool.release(chunk)
+            for row, why in enumerate(reasons, start=filled):
+                if why:
+                    bad.append((self._recipe.pairs.pairs[places[row]], why))
+                    try:
+                        places[row], pixels_BHW3[row] = self._stand_in(places[row], epoch, bad)
+                    except DataError as caught:
+                        error = error or caught
+            filled += len(reasons)
+        return tuple(bad), error
+
+    def _stand_in(self, place: int, epoch: int, bad: list[tuple[Pair, str]]) -> tuple[int, Pixels]:
+        """Another row's place and image: the same one whenever the run is repeated."""
+        pairs, decoder = self._recipe.pairs.pairs, self._recipe.decoder
+        random = np.random.default_rng([self._recipe.seed, epoch, pairs[place].row, 2])
+        for other in random.integers(0, len(pairs), size=_MAX_STAND_INS).tolist():
+            try:
+                return other, decoder(pairs[other].image, epoch, pairs[other].row)
+            except (CliptuneError, OSError) as error:
+                bad.append((pairs[other], reason(error)))
+        raise DataError(
+            f"row {pairs[place].row} and {_MAX_STAND_INS} others in its place cannot be read",
+            row=pairs[place].row,
+        )
+
+
+def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The places of an epoch's rows, shuffled."""
+    return np.random.default_rng([seed, epoch, 0]).permutation(rows)
