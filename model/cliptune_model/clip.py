@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -41,6 +42,9 @@ _BAD_WEIGHTS: Final = (
     StopIteration,  # a file without a single tensor
     SafetensorError,
 )
+
+# A tokeniser remembers words and belongs to one thread at a time; the loader's and the step's share one.
+_tokenising = threading.Lock()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -97,7 +101,8 @@ class Clip:
             check_text(text)
         if not texts:
             return torch.zeros(0, self.context_length, dtype=torch.int64)
-        return self.tokenizer(list(texts))
+        with _tokenising:
+            return self.tokenizer(list(texts))
 
     def trim(self, tokens_BL: Tensor) -> Tensor:
         """Tokens on the CPU, cut to one of a few lengths where `encode_texts` gives the same for them."""
