@@ -371,7 +371,8 @@ class Client:
             try:
                 answer = carry(call.request, timeout=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
-                raise failure(error, self.address, call.method, timeout_s) from error
+                # Not a chain of tracebacks: the failed call says no more. It is the error's `__context__`.
+                raise failure(error, self.address, call.method, timeout_s) from None
             return call.parse(answer)
 
     def _open(

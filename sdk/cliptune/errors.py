@@ -6,6 +6,7 @@
     │   ├── ImageDecodeError                                    corrupt, truncated or not an image
     │   ├── ImageSizeError                                      0 pixels, too many, or too wide
     │   ├── TextError                                           empty or too long
+    │   ├── ContextLengthError                                  the text tower cannot take so many tokens
     │   ├── TensorError                                         wrong dtype or shape, NaN or infinity
     │   └── DataError                                           a data set: `row`, `file`
     │       └── MissingColumnError                              `column`, `found`
@@ -73,6 +74,10 @@ class ImageSizeError(InvalidInputError):
 
 class TextError(InvalidInputError):
     """An empty text or one beyond the limit. Metadata: `length`, `limit`."""
+
+
+class ContextLengthError(InvalidInputError):
+    """A text tower cannot be made to take this many tokens. Metadata: `wanted`, `found`, `limit`."""
 
 
 class TensorError(InvalidInputError):

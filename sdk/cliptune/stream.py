@@ -30,7 +30,7 @@ class Stream:
             yield from self._call
         except grpc.RpcError as error:
             failed = self._translate(error)
-            raise failed from error
+            raise failed from None
         finally:
             self._call.cancel()
             end_span(self._span, failed)
@@ -56,7 +56,7 @@ class AsyncStream:
                 yield answer
         except grpc.aio.AioRpcError as error:
             failed = self._translate(error)
-            raise failed from error
+            raise failed from None
         finally:
             self._call.cancel()
             end_span(self._span, failed)

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import sqlalchemy
 from sqlalchemy.orm import Mapped, Session, mapped_column
@@ -25,6 +25,8 @@ from cliptune_server.database import Base, Database
 from cliptune_server.model_files import ModelFiles, PublishedModel, check_name
 
 log = logging.getLogger(__name__)
+
+_NAMED_IN_AN_ERROR: Final = 20
 
 
 class ModelRow(Base):
@@ -235,10 +237,21 @@ def _find(session: Session, reference: Reference) -> PublishedModel:
         query = query.where(ModelRow.version == version)
     found = session.scalars(query.order_by(ModelRow.version.desc())).first()
     if found is None:
-        names = session.scalars(sqlalchemy.select(ModelRow.name).distinct().order_by(ModelRow.name)).all()
-        there = f"there are {', '.join(names[:20])}" if names else "nothing is published yet"
+        there = _what_there_is(session, reference.name)
         raise ModelNotFoundError(f"there is no model {reference}; {there}", model=reference)
     return _model(found)
+
+
+def _what_there_is(session: Session, name: str) -> str:
+    """For somebody who looked for something else: the versions and aliases of the name, or the names."""
+    by_version = sqlalchemy.select(ModelRow.version).where(ModelRow.name == name).order_by(ModelRow.version)
+    if versions := session.scalars(by_version).all():
+        by_alias = sqlalchemy.select(AliasRow.alias).where(AliasRow.name == name).order_by(AliasRow.alias)
+        found = [f"{name}:{version}" for version in versions[-_NAMED_IN_AN_ERROR:]]
+        found += [f"{name}@{alias}" for alias in session.scalars(by_alias)][:_NAMED_IN_AN_ERROR]
+        return f"there is {', '.join(found)}"
+    names = session.scalars(sqlalchemy.select(ModelRow.name).distinct().order_by(ModelRow.name)).all()
+    return f"there is {', '.join(names[:_NAMED_IN_AN_ERROR])}" if names else "nothing is published yet"
 
 
 def _row(model: PublishedModel) -> ModelRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,6 +55,17 @@ def test_only_safe_calls_are_sent_again_while_the_daemon_is_away(peer: Peer) -> 
                 call(client)
             assert peer.attempts[method.partition("/")[2]] == (2 if method in SAFE_METHODS else 1), method
     assert set(SAFE_METHODS) < set(CALLS)
+
+
+async def test_an_error_shows_its_own_traceback_alone_and_keeps_the_failed_call(peer: Peer) -> None:
+    with Client(peer.address, attempts=1) as client, pytest.raises(UnavailableError) as caught:
+        client.get_job("j")
+    async with AsyncClient(peer.address, attempts=1) as other:
+        with pytest.raises(UnavailableError) as again:
+            await other.get_job("j")
+    for error in (caught.value, again.value):
+        assert "RpcError" not in "".join(traceback.format_exception(error))
+        assert isinstance(error.__context__, grpc.RpcError)
 
 
 async def test_a_safe_call_succeeds_when_the_daemon_comes_back_sync_and_async(peer: Peer) -> None:

@@ -12,10 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.responses import HTMLResponse
 
 from cliptune.errors import CliptuneError
 from cliptune_server.gateway import health, inference, jobs, models
 from cliptune_server.gateway.context import GatewayContext
+from cliptune_server.gateway.docs_page import docs_page
 from cliptune_server.gateway.middleware import BodyLimit, Surroundings
 from cliptune_server.gateway.openapi import openapi_of
 from cliptune_server.gateway.problems import (
@@ -53,6 +55,9 @@ def build_app(context: GatewayContext) -> FastAPI:
             UnicodeEncodeError: on_unicode_error,
         },
         redirect_slashes=False,
+        # FastAPI's own pages fetch their script from the network, which may not be there.
+        docs_url=None,
+        redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
         # Its own spans (0.140 and later) would stand between ours.
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
@@ -61,4 +66,9 @@ def build_app(context: GatewayContext) -> FastAPI:
     for room in (inference, jobs, models, health):
         app.include_router(room.router)
     app.openapi = openapi_of(app)  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page(app.openapi()))
+
     return app

@@ -23,6 +23,7 @@ from cliptune_server.gateway.problems import invalid, problems
 router = APIRouter(prefix="/v1", tags=["inference"])
 _FAILURES: Final = problems(404, 409, 413, 429, 503, 504)
 _MULTIPART: Final = "multipart/form-data"
+_EXAMPLE_CLASSES: Final = '["cracked cell", "intact cell"]'
 _CLASSES: Final = TypeAdapter(list[forms.ClassField])
 
 
@@ -135,7 +136,7 @@ _CLASSIFY_BODY: Final[dict[str, Any]] = {
                     "classes": {
                         "type": "string",
                         "description": "JSON, as in the other form.",
-                        "examples": ['["cracked cell", "intact cell"]'],
+                        "examples": [_EXAMPLE_CLASSES],
                     },
                     "model": {"type": "string", "default": ""},
                 },
@@ -190,7 +191,7 @@ async def _classify_form(request: Request) -> inference_pb2.ClassifyRequest:
         classes, model = form.get("classes"), form.get("model", "")
         if not isinstance(classes, str):
             raise InvalidInputError(
-                'the form needs a field `classes` with JSON, such as ["a", "b"]', path="classes"
+                f"the form needs a field `classes` with JSON, such as {_EXAMPLE_CLASSES}", path="classes"
             )
         if not isinstance(model, str):
             raise InvalidInputError("`model` is a name, not a file", path="model")
@@ -202,5 +203,6 @@ async def _classify_form(request: Request) -> inference_pb2.ClassifyRequest:
     try:
         parsed = _CLASSES.validate_json(classes)
     except ValidationError as error:
-        raise invalid([{**each, "loc": ("classes", *each["loc"])} for each in error.errors()]) from None
+        places = [{**each, "loc": ("classes", *each["loc"])} for each in error.errors()]
+        raise invalid(places, f"; the field is JSON, such as {_EXAMPLE_CLASSES}") from None
     return inference_pb2.ClassifyRequest(model=model, images=images, classes=forms.class_messages(parsed))

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from cliptune.durable import is_disk_full
 from cliptune.errors import (
@@ -30,6 +31,7 @@ from cliptune.errors import (
 from cliptune.wire import PROBLEM_MEDIA_TYPE, problem
 
 _MAX_SHOWN: Final = 5
+_METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _log = logging.getLogger(__name__)
 
 
@@ -131,9 +133,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return problem_response(NotFoundError(f"nothing is at {path}; /docs lists what there is"), path)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        refused = InvalidInputError(f"{path} does not take {request.method}", allowed=allowed)
-        return problem_response(refused, path, status=405, headers=error.headers)
+        allowed = ", ".join(_methods(request))
+        refused = InvalidInputError(f"{path} does not take {request.method}, but {allowed}", allowed=allowed)
+        return problem_response(refused, path, status=405, headers={"Allow": allowed})
     if error.status_code >= 500:
         return problem_response(unexpected(error, path), path)
     cause = f": {error.__cause__}" if error.__cause__ is not None else ""
@@ -146,6 +148,16 @@ async def on_unicode_error(request: Request, error: Exception) -> Response:
         raise error
     refused = TextError(f"a text in the request is no Unicode text: {error.reason}")
     return problem_response(refused, request.url.path)
+
+
+def _methods(request: Request) -> list[str]:
+    """What the path takes. Starlette's own answer knows the first of its routes alone."""
+    found = []
+    for method in _METHODS:
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            found.append(method)
+    return found
 
 
 def _place(location: Sequence[Any]) -> str:

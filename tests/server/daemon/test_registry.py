@@ -134,6 +134,23 @@ async def test_a_version_that_an_alias_names_is_not_deleted(registry: Registry, 
     assert await registry.models() == []
 
 
+async def test_whoever_looks_for_what_is_not_there_is_told_what_is(
+    registry: Registry, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelNotFoundError, match="nothing is published yet"):
+        await registry.find(Reference.parse("cells"))
+    for number in ("1", "2"):
+        await registry.publish(export(tmp_path / number), name="cells", job_id=number, metrics={})
+    await registry.set_alias("cells", "prod", 1)
+    for missing in ("cells:9", "cells@canary"):
+        with pytest.raises(
+            ModelNotFoundError, match=f"{missing}; there is cells:1, cells:2, cells@prod"
+        ):
+            await registry.find(Reference.parse(missing))
+    with pytest.raises(ModelNotFoundError, match=r"no model moons; there is cells$"):
+        await registry.find(Reference.parse("moons"))
+
+
 async def test_an_alias_stands_in_the_files_and_in_the_index(registry: Registry, tmp_path: Path) -> None:
     await registry.publish(export(tmp_path / "e"), name="cells", job_id="1", metrics={})
     await registry.set_alias("cells", "prod", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +79,22 @@ def test_the_messages_of_the_contract_are_described_field_by_field() -> None:
 async def test_the_page_is_served_and_bodies_have_examples() -> None:
     async with client_of(bare_app()) as client:
         served = (await client.get("/openapi.json")).json()
-        assert (await client.get("/docs")).status_code == 200
     assert served == json.loads(json.dumps(PAGE))
     for name in ("CreateJob", "EmbeddingsBody", "LearningRate"):
         assert served["components"]["schemas"][name]["examples"]
+
+
+async def test_the_page_for_people_is_whole_without_a_network() -> None:
+    async with client_of(bare_app()) as client:
+        answer = await client.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    html = answer.text
+    assert "<script" not in html
+    assert re.findall(r"(?:src|href)=\"(?![#])([^\"]+)\"", html) == ["openapi.json"]
+    ids = re.findall(r"id=\"([^\"]+)\"", html)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"href=\"#([^\"]+)\"", html)) <= set(ids)
+    for path, method, operation in operations():
+        assert f"<b>{method.upper()}</b> <code>{path}</code>" in html
+        assert operation["operationId"] in ids
+    assert {"Job", "JobSpec", "Problem"} <= set(ids)

@@ -98,9 +98,12 @@ async def test_an_unknown_path_and_a_wrong_method_are_problems_too() -> None:
     async with client_of(bare_app()) as client:
         unknown = await client.get("/v1/nothing")
         wrong = await client.patch("/v1/jobs")
+        deeper = await client.put("/v1/jobs/one")
     assert (unknown.status_code, unknown.json()["reason"]) == (404, "NotFoundError")
     assert wrong.status_code == wrong.json()["status"] == 405
-    assert wrong.headers["allow"]
+    assert wrong.headers["allow"] == wrong.json()["metadata"]["allowed"] == "GET, POST"
+    assert wrong.json()["detail"] == "/v1/jobs does not take PATCH, but GET, POST"
+    assert deeper.headers["allow"] == "GET, DELETE"
     assert wrong.headers["content-type"] == PROBLEM_MEDIA_TYPE
 
 
@@ -164,7 +167,7 @@ BAD_BODIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "a form with classes that are no JSON": (
         "/v1/classify",
         {"files": {"images": b"x"}, "data": {"classes": "a,b"}},
-        "classes",
+        'the field is JSON, such as ["cracked cell", "intact cell"]',
     ),
     "a form with a text for an image": (
         "/v1/classify",
