@@ -62,7 +62,7 @@ _SYSCTL_NAMES: Final = (
     "kern.osproductversion",
     "sysctl.proc_translated",
 )
-_MATMUL_SIDE: Final = 2048
+_MATMUL_SIDE: Final = 1024
 _MATMUL_TIME_S: Final = 0.2
 
 

@@ -53,7 +53,7 @@ def leaked(block: nn.Module, x_BLW: Tensor, device: str, dtype: torch.dtype) -> 
     """By how much the last token changes outputs of those before it, which a causal mask hides it from."""
     block = deepcopy(block).to(device)
     changed_BLW = x_BLW.clone()
-    changed_BLW[:, -1] += 10.0
+    changed_BLW[:, -1] = -10.0 * x_BLW[:, -1]
     mask = causal_mask(x_BLW.shape[1]).to(device)
     with torch.no_grad(), torch.autocast(torch.device(device).type, dtype=dtype):
         before, after = (block(x.to(device), attn_mask=mask)[:, :-1].float() for x in (x_BLW, changed_BLW))
