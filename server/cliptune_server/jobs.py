@@ -239,8 +239,11 @@ class Jobs:
     # --- creation
 
     async def _create(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
-        spec = await self._admission.admit(request.spec, self._publisher)
         key = request.idempotency_key
+        # Before anything is checked: a repeated request is answered even if its data has gone meanwhile.
+        if key and (known := await self._id_of_key(key)) is not None:
+            return await self.get(known)
+        spec = await self._admission.admit(request.spec, self._publisher)
         async with self._creating:
             if key and (known := await self._id_of_key(key)) is not None:
                 return await self.get(known)

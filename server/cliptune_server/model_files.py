@@ -1,7 +1,7 @@
 """Published models on disk: the truth that the registry's index is rebuilt from.
 
     models/<name>/<version>/      open_clip_config.json, open_clip_model.safetensors, cliptune.json; immutable
-    models/<name>/aliases.json    {"prod": 3}
+    models/<name>/aliases.json    {"prod": 3}; one that cannot be read is kept beside as aliases.json.damaged
     models/<name>/last.json       {"version": 4}: the highest ever given, once it was deleted
     models/.staging/              what is not published yet; emptied at start
 
@@ -64,6 +64,10 @@ def check_name(name: str, what: str = "model name") -> str:
             name=name,
         )
     return name
+
+
+class DamagedAliasesError(Exception):
+    """The aliases of a name cannot be read."""
 
 
 class ModelFiles:
@@ -172,14 +176,24 @@ class ModelFiles:
         shutil.rmtree(away)
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Alias → version, those whose version exists."""
+        """Alias → version, those whose version exists. `DamagedAliasesError`."""
+        path = self.root / name / _ALIASES
         try:
-            written = json.loads((self.root / name / _ALIASES).read_text(encoding="utf-8"))
-            found = {str(alias): int(version) for alias, version in written.items()}
+            written = json.loads(path.read_text(encoding="utf-8"))
+            found = {check_name(alias, "alias"): int(version) for alias, version in written.items()}
         except (FileNotFoundError, NotADirectoryError):
             return {}
+        except (OSError, ValueError, TypeError, AttributeError, InvalidInputError) as error:
+            raise DamagedAliasesError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         there = set(self.versions(name))
         return {alias: version for alias, version in sorted(found.items()) if version in there}
+
+    def mend_aliases(self, name: str, aliases: Mapping[str, int]) -> dict[str, int]:
+        """Put what is known from elsewhere in the place of a damaged file, which is kept beside it."""
+        path = self.root / name / _ALIASES
+        path.replace(path.with_name(f"{_ALIASES}.damaged"))
+        self.write_aliases(name, aliases)
+        return self.aliases(name)
 
     def write_aliases(self, name: str, aliases: Mapping[str, int]) -> None:
         """Replace the aliases of a name, at once."""

@@ -22,7 +22,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from cliptune.durable import is_disk_full
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune_server.database import Base, Database
-from cliptune_server.model_files import ModelFiles, PublishedModel, check_name
+from cliptune_server.model_files import DamagedAliasesError, ModelFiles, PublishedModel, check_name
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Registry:
             removed = await asyncio.to_thread(self._files.clean)
             if removed:
                 log.info("removed %d unfinished publications", removed)
-            models, aliases = await asyncio.to_thread(self._read_files)
+            models, aliases = await asyncio.to_thread(self._read_files, await self.aliases())
             await self._database.run(lambda session: _replace_all(session, models, aliases))
 
     async def models(self, name: str = "") -> list[PublishedModel]:
@@ -170,7 +170,8 @@ class Registry:
     async def delete(self, model: PublishedModel) -> None:
         """Remove a version. `ModelStateError` while an alias points at it."""
         async with self._change():
-            pointing = [k for k, v in self._files.aliases(model.name).items() if v == model.version]
+            aliases = (await self.aliases()).get(model.name, {})
+            pointing = [alias for alias, version in aliases.items() if version == model.version]
             if pointing:
                 named = ", ".join(f"{model.name}@{alias}" for alias in pointing)
                 raise ModelStateError(
@@ -185,7 +186,8 @@ class Registry:
 
     async def _write_aliases(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
         async with self._change():
-            aliases = change(await asyncio.to_thread(self._files.aliases, name))
+            indexed = (await self.aliases()).get(name, {})
+            aliases = change(await asyncio.to_thread(self._read_aliases, name, indexed))
             await asyncio.to_thread(self._files.write_aliases, name, aliases)
             await self._database.run(lambda session: _replace_aliases(session, name, aliases))
 
@@ -200,14 +202,26 @@ class Registry:
                     raise DiskFullError(f"no space left for models: {error}") from error
                 raise
 
-    def _read_files(self) -> tuple[list[PublishedModel], dict[str, dict[str, int]]]:
+    def _read_files(
+        self, indexed: Mapping[str, Mapping[str, int]]
+    ) -> tuple[list[PublishedModel], dict[str, dict[str, int]]]:
         models: list[PublishedModel] = []
         for found in self._files.scan():
             if isinstance(found, PublishedModel):
                 models.append(found)
             else:
                 log.warning("the model in %s cannot be read and is left out: %s", *found)
-        return models, {name: self._files.aliases(name) for name in self._files.names()}
+        return models, {name: self._read_aliases(name, indexed.get(name, {})) for name in self._files.names()}
+
+    def _read_aliases(self, name: str, indexed: Mapping[str, int]) -> dict[str, int]:
+        """Those of the files; where these are damaged, those that the index remembers."""
+        try:
+            return self._files.aliases(name)
+        except DamagedAliasesError as error:
+            mended = self._files.mend_aliases(name, indexed)
+            told = ", ".join(mended) or "none"
+            log.warning("%s; it was set aside, and these aliases taken from the index: %s", error, told)
+            return mended
 
 
 def _replace_all(

@@ -112,6 +112,38 @@ async def test_a_version_with_a_damaged_manifest_is_left_out_and_its_neighbours_
     database.close()
 
 
+@pytest.mark.parametrize("damage", ['{"prod": ', "[1]", '{"prod": "new"}', '{"..": 1}', "\udcff"])
+async def test_damaged_aliases_are_set_aside_and_taken_from_the_index(tmp_path: Path, damage: str) -> None:
+    registry, database = await open_registry(tmp_path)
+    for number in ("1", "2"):
+        await registry.publish(export(tmp_path / number), name="cells", job_id=number, metrics={})
+    await registry.set_alias("cells", "prod", 1)
+    database.close()
+    aliases = tmp_path / "models" / "cells" / "aliases.json"
+    aliases.write_text(damage, errors="surrogateescape")
+
+    registry, database = await open_registry(tmp_path)
+    assert await registry.aliases() == {"cells": {"prod": 1}}
+    assert json.loads(aliases.read_text()) == {"prod": 1}
+    assert aliases.with_name("aliases.json.damaged").exists()
+    await registry.set_alias("cells", "next", 2)
+    assert (await registry.find(Reference.parse("cells@next"))).version == 2
+    database.close()
+
+
+async def test_damaged_aliases_without_an_index_are_lost_and_the_models_are_not(tmp_path: Path) -> None:
+    registry, database = await open_registry(tmp_path)
+    await registry.publish(export(tmp_path / "e"), name="cells", job_id="1", metrics={})
+    await registry.set_alias("cells", "prod", 1)
+    database.close()
+    (tmp_path / "cliptune.db").unlink()
+    (tmp_path / "models" / "cells" / "aliases.json").write_text("{")
+    registry, database = await open_registry(tmp_path)
+    assert await registry.aliases() == {}
+    assert [model.key for model in await registry.models()] == ["cells:1"]
+    database.close()
+
+
 async def test_the_number_of_a_deleted_version_is_not_given_again(registry: Registry, tmp_path: Path) -> None:
     for number in (1, 2):
         await registry.publish(export(tmp_path / f"e{number}"), name="cells", job_id=f"{number}", metrics={})
@@ -143,9 +175,7 @@ async def test_whoever_looks_for_what_is_not_there_is_told_what_is(
         await registry.publish(export(tmp_path / number), name="cells", job_id=number, metrics={})
     await registry.set_alias("cells", "prod", 1)
     for missing in ("cells:9", "cells@canary"):
-        with pytest.raises(
-            ModelNotFoundError, match=f"{missing}; there is cells:1, cells:2, cells@prod"
-        ):
+        with pytest.raises(ModelNotFoundError, match=f"{missing}; there is cells:1, cells:2, cells@prod"):
             await registry.find(Reference.parse(missing))
     with pytest.raises(ModelNotFoundError, match=r"no model moons; there is cells$"):
         await registry.find(Reference.parse("moons"))

@@ -273,8 +273,11 @@ async def test_the_same_idempotency_key_returns_the_same_job_also_after_a_restar
         made = await asyncio.gather(*(create(jobs, spec, idempotency_key="k") for _ in range(5)))
         assert len({job.id for job in made}) == 1
         await collect(jobs, made[0].id)
+    (tmp_path / "data.csv").rename(tmp_path / "gone.csv")  # what is there already needs no data
     async with open_jobs(tmp_path) as jobs:
         assert (await create(jobs, spec, idempotency_key="k")).id == made[0].id
+        with pytest.raises(DataError):
+            await create(jobs, spec, idempotency_key="another")
 
 
 async def test_wrong_specs_and_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
