@@ -32,17 +32,24 @@ class Fused(Generic[P, R]):
     def __init__(self, function: Callable[P, R]) -> None:
         self._function = function
         self._compiled: Callable[P, R] | None = None
-        self._failed = False
+        self._failure: str | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why it is not compiled any more, or None."""
+        return self._failure
 
     def __call__(self, *arguments: P.args, **named: P.kwargs) -> R:
         """What `function` returns. Compilation errors are no errors of the caller's."""
         first = arguments[0]
-        if self._failed or not (isinstance(first, Tensor) and first.device.type == "cuda"):
+        if not (isinstance(first, Tensor) and first.device.type == "cuda"):
             return self._function(*arguments, **named)
         return self.compiled(*arguments, **named)
 
     def compiled(self, *arguments: P.args, **named: P.kwargs) -> R:
         """Compiled whatever the device; as it is from the first failure on."""
+        if self._failure is not None:
+            return self._function(*arguments, **named)
         if self._compiled is None:
             self._compiled = torch.compile(self._function)
         try:
@@ -51,9 +58,7 @@ class Fused(Generic[P, R]):
             if is_out_of_memory(error):
                 raise
             # The reason is what the compiler said, in any of its many error classes.
-            self._failed = True
             lines = str(error).strip().splitlines() or [""]
-            _log.warning(
-                "the loss's tiles are computed uncompiled, slower: %s: %s", type(error).__name__, lines[0]
-            )
+            self._failure = f"{type(error).__name__}: {lines[0]}"
+            _log.warning("the loss's tiles are computed uncompiled, slower: %s", self._failure)
             return self._function(*arguments, **named)
