@@ -31,7 +31,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     hardware = decide_hardware(spec)
     device = hardware.device.value
     known = load_findings(job.findings)
-    dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, known=known)
+    dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, known=known, cache=job.path)
     found = _newest_checkpoint(job, device, reporter)
     clip, state = found or (build(spec.model, device=device, seed=spec.train.seed), None)
     # The order of additions depends on the number of threads: a resumed run keeps the first one's.

@@ -19,6 +19,9 @@ import numpy as np
 from cliptune.errors import CliptuneError, DataError
 from cliptune_model.pixels import decode_image
 from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.data.shard_names import names_shards
+from cliptune_trainer.data.shards import read_shards
+from cliptune_trainer.data.source import ImageSource
 from cliptune_trainer.data.split import split_by_column, split_by_group
 from cliptune_trainer.data.table import BadRow, Pair, Table, read_table
 from cliptune_trainer.spec import DataConfig
@@ -88,21 +91,33 @@ class Dataset:
 
 
 def read_dataset(
-    config: DataConfig, roots: DataRoots, *, seed: int, known: Findings | None = None
+    config: DataConfig,
+    roots: DataRoots,
+    *,
+    seed: int,
+    known: Findings | None = None,
+    cache: Path | None = None,
 ) -> Dataset:
-    """Reads the tables, opens the images, splits.
+    """Reads the tables or shards, opens the images, splits.
 
     Args:
         config: the data part of the spec.
         roots: folders that may be read.
         seed: of the split.
         known: what an earlier examination found; images are not opened again if the files are still the same.
+        cache: folder where an index of shards is kept.
 
     Raises:
         DataError: a table cannot be used, or more than `max_bad_fraction` of its rows cannot.
-        MissingColumnError, PathOutsideRootsError: see `read_table`.
+        MissingColumnError, PathOutsideRootsError: see `read_table` and `read_shards`.
     """
-    tables = [read_table(path, config, roots) for path in (config.train, config.validation) if path]
+    tables = [
+        read_shards(path, config, roots, cache)
+        if names_shards(path, roots)
+        else read_table(path, config, roots)
+        for path in (config.train, config.validation)
+        if path
+    ]
     fingerprints = {str(table.path): table.sha256 for table in tables}
     if known is None or known.tables != fingerprints:
         known = Findings(
@@ -154,11 +169,11 @@ def _unreadable_images(table: Table) -> dict[int, str]:
     return {pair.row: unreadable[pair.image] for pair in table.pairs if pair.image in unreadable}
 
 
-def _why_unreadable(image: Path, decode: bool) -> str:
+def _why_unreadable(image: ImageSource, decode: bool) -> str:
     try:
         if decode:
             decode_image(image.read_bytes())
-        else:
+        elif isinstance(image, Path):
             image.stat()
     except OSError as error:
         return f"{image.name}: {error.strerror or error}"
