@@ -21,6 +21,8 @@ from cliptune.errors import CliptuneError, InternalError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.telemetry import configure_logging, configure_tracing
 from cliptune.tracing import extract_environment, tracer
+from cliptune_model.hardware import host
+from cliptune_model.policy import prepare_process
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import JournalHandler, Reporter
 from cliptune_trainer.job import JobFolder
@@ -37,7 +39,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.task == "run":
         # Before torch is imported, which takes seconds.
         inbox.suspend_on_signals()
-        _bound_mps_memory()
     configure_logging(os.environ.get("CLIPTUNE_LOG_LEVEL", "info"), "cliptune-trainer")
     if not _hold_lock(arguments.job_dir, arguments.lock_fd):
         _log.error("another trainer is at work in %s", arguments.job_dir)
@@ -105,6 +106,8 @@ def _prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
 def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> None:
     """What is wrong with the job ends it; a crash is left to the caller, and to the daemon's retries."""
     try:
+        # Read by torch at its first use of the device.
+        prepare_process("auto", host())
         from cliptune_trainer.run import run
 
         ending = run(job, roots, reporter, inbox, linked=linked)
@@ -112,16 +115,6 @@ def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox
         reporter.finished(trainer_pb2.OUTCOME_FAILED, error)
     else:
         reporter.finished(ending.outcome, export_path=ending.export_path)
-
-
-def _bound_mps_memory() -> None:
-    """A Mac out of memory must say so: torch's own limit lies beyond its RAM, and it would swap instead.
-
-    Read by torch at its first use of the device. Both go together: a low mark above the high one is refused.
-    """
-    if sys.platform == "darwin" and "PYTORCH_MPS_HIGH_WATERMARK_RATIO" not in os.environ:
-        os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] = "1.0"
-        os.environ["PYTORCH_MPS_LOW_WATERMARK_RATIO"] = "0.9"
 
 
 def _hold_lock(job_dir: Path, descriptor: int | None) -> bool:

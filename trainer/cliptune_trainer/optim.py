@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from cliptune_model.hardware import host
+from cliptune_model.rules import choose_fused_optimizer
+
 # As open_clip trains its ViTs.
 BETAS: Final = (0.9, 0.98)
 EPS: Final = 1e-6
+_FUSING: Final = ("cpu", "cuda", "mps")
 MAX_LOG_SCALE: Final = math.log(100.0)
 _NO_DECAY: Final = frozenset(
     {
@@ -32,7 +37,12 @@ _NO_DECAY: Final = frozenset(
 
 
 def build_optimizer(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, scaled: bool = False
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    scaled: bool = False,
+    fused: bool | None = None,
 ) -> AdamW:
     """AdamW over all trainable parameters, in two groups: with decay and without.
 
@@ -41,6 +51,7 @@ def build_optimizer(
         learning_rate: of the first step.
         weight_decay: of matrices.
         scaled: a gradient scaler is in use.
+        fused: by the policy; None: wherever nothing is known against it.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [(name, parameter) for name, parameter in trainable if takes_decay(name, parameter)]
@@ -55,7 +66,7 @@ def build_optimizer(
         lr=learning_rate,
         betas=BETAS,
         eps=EPS,
-        fused=_can_fuse(device, scaled),
+        fused=_can_fuse(device, scaled) if fused is None else fused,
     )
 
 
@@ -98,8 +109,5 @@ def _named(optimizer: AdamW) -> dict[str, Tensor]:
 
 
 def _can_fuse(device: str, scaled: bool) -> bool:
-    """Fused everywhere, except where it would ignore the scaler's verdict (MPS before torch 2.13)."""
-    if device == "mps" and scaled:
-        major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-        return (major, minor) >= (2, 13)
-    return device in ("cpu", "cuda", "mps")
+    machine = replace(host(), accelerator=device)
+    return device in _FUSING and choose_fused_optimizer(machine, scaled=scaled).value == "on"
