@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cliptune.errors import InvalidInputError, WeightsUnavailableError
-from cliptune_model.source import OFFLINE_WAYS, ModelSource, Recipe, resolve
+from cliptune_model.context import extend_context
+from cliptune_model.source import CUSTOM, OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.text_tower import encode_text
 from cliptune_model.tokens import check_text, without_waste
 from cliptune_model.trimming import TextTrim
@@ -127,26 +128,33 @@ def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
         ModelNotFoundError: the folder of "local-dir:" does not exist.
         WeightsUnavailableError: the hub cannot be reached; the message names the offline ways.
         ConflictError: the architecture needs a package that is not installed.
+        ContextLengthError: the text tower cannot be made to take `source.context_length` tokens.
     """
     recipe = resolve(source)
     with _no_root_handler(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = _create(recipe)
+        model_config, architecture = recipe.model_config, recipe.architecture
+        if source.context_length is not None:
+            model_config = extend_context(model, model_config, source.context_length, name=source.name)
+            architecture = architecture if model_config is recipe.model_config else CUSTOM
+        context_length = int(
+            model_config["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+        )
         try:
-            tokenizer = open_clip.get_tokenizer(recipe.name)
+            tokenizer = open_clip.get_tokenizer(recipe.name, context_length=context_length)
         except OSError as error:
             raise WeightsUnavailableError(
                 f"the tokeniser of {recipe.name!r} could not be fetched ({error}). {OFFLINE_WAYS}"
             ) from error
     preprocess_config = deepcopy(model.visual.preprocess_cfg)
-    text_config = recipe.model_config["text_cfg"]
     return Clip(
         model=model.to(device).eval(),
-        model_config=recipe.model_config,
+        model_config=model_config,
         preprocess_config=preprocess_config,
-        architecture=recipe.architecture,
-        context_length=int(text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)),
-        embedding_dim=int(recipe.model_config["embed_dim"]),
+        architecture=architecture,
+        context_length=context_length,
+        embedding_dim=int(model_config["embed_dim"]),
         image_size=_pair(model.visual.image_size),
         pretrained=recipe.pretrained_weights,
         transform=image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False),

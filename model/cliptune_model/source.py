@@ -25,6 +25,7 @@ from open_clip import pretrained as open_clip_pretrained
 
 from cliptune.errors import (
     ConflictError,
+    ContextLengthError,
     InvalidInputError,
     ModelNotFoundError,
     WeightsUnavailableError,
@@ -34,6 +35,7 @@ LOCAL_DIR: Final = "local-dir:"
 HF_HUB: Final = "hf-hub:"
 CONFIG_FILE: Final = "open_clip_config.json"
 CUSTOM: Final = "custom"
+MAX_CONTEXT: Final = 248  # tokens of a text: 4 times what CLIP has, less the positions that are kept
 
 # Configurations in open_clip's form that are shipped with this package.
 CONFIG_FOLDER: Final = Path(__file__).parent / "configs"
@@ -57,13 +59,16 @@ class ModelSource:
         name: an open_clip architecture ("ViT-B-32"), a shipped configuration ("cliptune-tiny-vit"),
             "hf-hub:ORG/REPO" or "local-dir:PATH".
         pretrained: open_clip's tag of weights or a weights file, for an architecture. Empty: random weights.
+        context_length: tokens of a text, more than the model has. None: the model's own.
 
     Raises:
         InvalidInputError: an empty name, or `pretrained` beside a source that brings its own weights.
+        ContextLengthError: more tokens than any text tower can be stretched to, or none.
     """
 
     name: str
     pretrained: str = ""
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -73,6 +78,12 @@ class ModelSource:
         if self.pretrained and self.name.startswith((LOCAL_DIR, HF_HUB)):
             raise InvalidInputError(
                 f"pretrained = {self.pretrained!r} beside {self.name!r}: that source brings its own weights"
+            )
+        if self.context_length is not None and not 1 <= self.context_length <= MAX_CONTEXT:
+            raise ContextLengthError(
+                f"model.context_length is {self.context_length}; allowed: 1 to {MAX_CONTEXT}",
+                wanted=self.context_length,
+                limit=MAX_CONTEXT,
             )
 
 

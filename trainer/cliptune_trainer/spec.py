@@ -14,7 +14,7 @@ from typing import Final
 
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
-from cliptune_model.source import ModelSource
+from cliptune_model.source import MAX_CONTEXT, ModelSource
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.schedule import SHAPES
 
@@ -219,7 +219,10 @@ def _source(message: spec_pb2.ModelSpec) -> ModelSource:
             "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a configuration shipped with"
             " cliptune, or registry:NAME",
         )
-    return ModelSource(name=message.name, pretrained=message.pretrained)
+    context_length = message.context_length if message.HasField("context_length") else None
+    if context_length is not None:
+        _within("model.context_length", context_length, 1, MAX_CONTEXT)
+    return ModelSource(name=message.name, pretrained=message.pretrained, context_length=context_length)
 
 
 def default_prompt(label: str) -> str:
