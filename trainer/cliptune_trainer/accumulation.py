@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -103,8 +104,8 @@ def accumulate(
     """Adds the gradient of the loss over the whole batch to the parameters' gradients.
 
     Equal to one pass over the batch, whatever the micro-batch, to the rounding of the format. Random masks
-    are drawn a part at a time: they depend on the micro-batch, and are the same in both passes. The generators
-    end where the first pass left them. Never waits for the device.
+    are drawn a part at a time: they depend on the micro-batch, and are the same in both passes. Afterwards
+    the generators stand where the first pass left them. Never waits for the device.
 
     Args:
         clip: in training mode.
@@ -130,10 +131,10 @@ def accumulate(
         with precision.exact():
             value = loss_of_features(clip, loss, batch, image_ND, text_ND)
             del image_ND, text_ND
-            scaler = precision.scaler
-            with norms.uncounted():  # also for parts that checkpointing computes again
+        with norms.uncounted():  # what checkpointing and the replay compute again has been counted
+            with precision.exact():
+                scaler = precision.scaler
                 (value if scaler is None else value * scaler.scale).backward()  # type: ignore[no-untyped-call]
-        with norms.uncounted():
             for cache in caches:
                 cache.replay(precision)
     after.restore()
@@ -164,11 +165,15 @@ def loss_of_features(clip: Clip, loss: Loss, batch: Batch, image_ND: Tensor, tex
 
 
 def parts_of(count: int, size: int) -> list[slice]:
-    """`count` rows in parts of `size`; the first may be smaller, not the last, whose graph is kept."""
+    """`count` rows in as few parts of at most `size` as can be, as even as can be, in at most two lengths.
+
+    The last part, whose graph is kept, is of the larger length.
+    """
     if size < 1:
         raise ValueError(f"a micro-batch of {size} pairs")
-    first = count % size or min(size, count)
-    return [slice(0, first), *(slice(start, start + size) for start in range(first, count, size))]
+    parts = -(-count // size)
+    bounds = [part * count // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _caches(clip: Clip, batch: Batch, images: int, texts_per_image: int) -> tuple[FeatureCache, FeatureCache]:

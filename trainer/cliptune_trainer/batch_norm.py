@@ -90,15 +90,12 @@ class BatchNorms:
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Inside, what passes is normalised as ever but does not enter the running statistics."""
-        tracking = [module for module in self._modules if module.training and module.track_running_stats]
-        for module in tracking:
-            module.track_running_stats = False
+        """What passes inside is normalised as ever, but has not entered the running statistics afterwards."""
+        before = self.capture()
         try:
             yield
         finally:
-            for module in tracking:
-                module.track_running_stats = True
+            self.restore(before)
 
     def _buffers(self) -> Iterator[Tensor]:
         for module in self._modules:

@@ -48,8 +48,8 @@ def disable_checkpointing(clip: Clip) -> None:
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that a tower is a stack of, whichever library wrote it.
 
-    A stack is a `ModuleList` or `Sequential` of two or more modules of one class that have parameters. Of
-    stacks within stacks (the stages of a convolutional tower) the inner ones count.
+    A stack is a `ModuleList` or `Sequential` of modules of one class that have parts and parameters of their
+    own. Of stacks within stacks (the stages of a convolutional tower) the inner ones count.
     """
     for child in model.children():
         inner = list(repeated_blocks(child))
@@ -60,12 +60,12 @@ def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_stack(module: nn.Module) -> bool:
-    if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) < 2:
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
     kinds = {type(child) for child in module}
     # A stack of plain layers has nothing to save: its inputs are all that it keeps.
-    layers = all(next(child.children(), None) is None for child in module)
-    return len(kinds) == 1 and not layers and any(True for _ in module.parameters())
+    composed = all(next(child.children(), None) is not None for child in module)
+    return len(kinds) == 1 and composed and next(module.parameters(), None) is not None
 
 
 def _checkpointed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cliptune_model.clip import Clip
+from cliptune_trainer.accumulation import accumulate, loss_of_features, parts_of
+from cliptune_trainer.batch_norm import FROZEN, PASSING, WHOLE, BatchNorms, choose_batch_norm
+from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.losses import LOSSES, Loss, loss_for
+from cliptune_trainer.precision import Precision
+from cliptune_trainer.replay import RandomState
+from tests.trainer.towers import distance, gradients, small_batch, small_clip
+
+FP32 = Precision("fp32", "cpu")
+ROWS = 7
+
+
+def whole(clip: Clip, loss: Loss, batch: Batch, parts: int = ROWS) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradient in one pass: all graphs held, one backward pass. No code of the accumulation.
+
+    The towers see `parts` pairs at a time, in the order in which accumulation takes them, so that random
+    layers draw the same masks.
+    """
+    starts = range(0, len(batch.tokens_BL), parts)
+    towers: tuple[tuple[Callable[[Tensor], Tensor], Tensor], ...] = (
+        (clip.encode_images, batch.images_B3HW),
+        (clip.encode_texts, batch.tokens_BL),
+    )
+    early = [[encode(data[start : start + parts]) for start in starts[:-1]] for encode, data in towers]
+    last = [encode(data[starts[-1] :]) for encode, data in towers]
+    image_BD, text_BD = (torch.cat([*some, end]) for some, end in zip(early, last, strict=True))
+    value = loss_of_features(clip, loss, batch, image_BD, text_BD)
+    value.backward()  # type: ignore[no-untyped-call]
+    return float(value.detach()), gradients(clip)
+
+
+def accumulated(
+    clip: Clip, loss: Loss, batch: Batch, size: int, texts: int = 1
+) -> tuple[float, dict[str, Tensor]]:
+    value = accumulate(clip, loss, FP32, batch, size, texts_per_image=texts)
+    return float(value), gradients(clip)
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["dense", "tiled"])
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_every_loss_has_the_gradient_of_the_whole_batch_in_fp64_and_fp32(name: str, tiled: bool) -> None:
+    loss = loss_for(name, tiled=tiled, block=4 if tiled else None)
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+        clip = small_clip("siglip")
+        clip.model.to(dtype)
+        batch = small_batch(ROWS, dtype=dtype)
+        value, wanted = whole(clip, loss, batch)
+        assert {"logit_scale"} <= wanted.keys()
+        assert ("logit_bias" in wanted) == (name == "sigmoid")
+        for size, texts in ((1, 1), (3, 1), (3, 2), (ROWS, 1), (100, 1)):
+            other, found = accumulated(clip, loss, batch, size, texts)
+            assert other == pytest.approx(value, rel=tolerance)
+            assert distance(found, wanted) <= tolerance, f"micro-batch {size} in {dtype}"
+
+
+@pytest.mark.parametrize("kind", ["vit", "convnext", "coca"])
+def test_every_tower_has_the_gradient_of_the_whole_batch(kind: str) -> None:
+    clip, batch = small_clip(kind), small_batch(ROWS)
+    value, wanted = whole(clip, LOSSES["infonce"], batch)
+    other, found = accumulated(clip, LOSSES["infonce"], batch, 3)
+    assert other == pytest.approx(value, rel=1e-5)
+    assert distance(found, wanted) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["dropout", "patch-dropout"])
+def test_random_layers_draw_the_masks_of_the_first_pass_again(kind: str) -> None:
+    clip, batch = small_clip(kind), small_batch(6)
+    for size in (2, 3):
+        torch.manual_seed(5)
+        value, wanted = whole(clip, LOSSES["infonce"], batch, parts=size)
+        after = torch.randn(())
+        torch.manual_seed(5)
+        other, found = accumulated(clip, LOSSES["infonce"], batch, size)
+        assert other == pytest.approx(value, rel=1e-5)
+        assert distance(found, wanted) <= 1e-5
+        assert torch.randn(()) == after, "the generator goes on where one pass would have left it"
+    torch.manual_seed(6)
+    assert distance(accumulated(clip, LOSSES["infonce"], batch, 3)[1], wanted) > 0.05, (
+        "no mask was drawn at all"
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_under_autocast_the_accumulated_gradient_is_as_near_as_the_formats_rounding(precision: str) -> None:
+    clip, batch = small_clip("vit"), small_batch(8)
+    settings = Precision(precision, "cpu")
+    accumulate(clip, LOSSES["infonce"], settings, batch, 8)
+    wanted = gradients(clip)
+    value = accumulate(clip, LOSSES["infonce"], settings, batch, 3)
+    found = gradients(clip)
+    assert value.dtype == torch.float32
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    exact = whole(clip, LOSSES["infonce"], batch)[1]
+    if settings.scaler is not None:
+        scale = float(settings.scaler.scale)
+        assert scale == 65536
+        wanted, found = ({name: value / scale for name, value in some.items()} for some in (wanted, found))
+    # Half precision alone is this far from fp32; accumulation adds nothing to it.
+    assert distance(found, wanted) <= distance(wanted, exact)
+    assert distance(found, exact) <= 1.5 * distance(wanted, exact)
+
+
+def count_passes(clip: Clip) -> dict[str, int]:
+    passes = {"image": 0, "text": 0}
+
+    def count(tower: str) -> Callable[..., None]:
+        def hook(module: nn.Module, *_: object) -> None:
+            passes[tower] += 1
+
+        return hook
+
+    visual, text = clip.model.visual, clip.model.ln_final
+    assert isinstance(visual, nn.Module)
+    assert isinstance(text, nn.Module)
+    visual.register_forward_hook(count("image"))
+    text.register_forward_hook(count("text"))
+    return passes
+
+
+def test_a_batch_of_one_part_passes_once_and_k_parts_pass_2k_minus_1_times() -> None:
+    clip, batch = small_clip("vit"), small_batch(8)
+    passes = count_passes(clip)
+    accumulated(clip, LOSSES["infonce"], batch, 8)
+    assert passes == {"image": 1, "text": 1}
+    accumulated(clip, LOSSES["infonce"], batch, 2, texts=2)
+    assert passes == {"image": 1 + 7, "text": 1 + 3}
+
+
+def test_a_frozen_tower_is_not_replayed() -> None:
+    clip, batch = small_clip("vit"), small_batch(8)
+    visual = clip.model.visual
+    assert isinstance(visual, nn.Module)
+    visual.requires_grad_(False)
+    wanted = whole(clip, LOSSES["infonce"], batch)[1]
+    passes = count_passes(clip)
+    found = accumulated(clip, LOSSES["infonce"], batch, 2)[1]
+    assert passes == {"image": 4, "text": 7}
+    assert distance(found, wanted) <= 1e-5
+    assert not any(name.startswith("visual") for name in found)
+
+
+def test_parts_are_few_even_and_of_two_lengths_at_most() -> None:
+    for count, size, lengths in ((8, 4, [4, 4]), (7, 3, [2, 2, 3]), (1, 5, [1]), (10, 4, [3, 3, 4])):
+        parts = parts_of(count, size)
+        assert [part.stop - part.start for part in parts] == lengths
+        assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
+    with pytest.raises(ValueError, match="micro-batch of 0"):
+        parts_of(4, 0)
+
+
+def test_generators_are_put_back_and_a_replay_leaves_no_trace() -> None:
+    state = RandomState.capture(torch.device("cpu"))
+    first = torch.randn(3)
+    second = torch.randn(3)
+    state.restore()
+    assert torch.equal(torch.randn(3), first)
+    with state.replayed():
+        assert torch.equal(torch.randn(3), first)
+    assert torch.equal(torch.randn(3), second)
+
+
+@pytest.mark.parametrize("kind", ["resnet", "timm-resnet"])
+def test_running_statistics_count_each_part_once(kind: str) -> None:
+    clip, batch = small_clip(kind), small_batch(6)
+    buffers = {name: value.clone() for name, value in clip.model.named_buffers()}
+    with torch.no_grad():  # what three parts leave behind that pass once
+        for start in (0, 2, 4):
+            clip.encode_images(batch.images_B3HW[start : start + 2])
+    wanted = {name: value.clone() for name, value in clip.model.named_buffers()}
+    clip.model.load_state_dict(buffers, strict=False)
+    accumulated(clip, LOSSES["infonce"], batch, 2)
+    for name, value in clip.model.named_buffers():
+        assert torch.allclose(value, wanted[name], atol=1e-6), name
+    assert (
+        int(
+            wanted[
+                "visual.bn1.num_batches_tracked"
+                if kind == "resnet"
+                else "visual.trunk.bn1.num_batches_tracked"
+            ]
+        )
+        == 3
+    )
+
+
+def test_frozen_statistics_make_a_convolutional_tower_exact() -> None:
+    clip, batch = small_clip("resnet"), small_batch(ROWS)
+    accumulated(clip, LOSSES["infonce"], batch, ROWS)  # statistics that are not those of random weights
+    before = {name: value.clone() for name, value in clip.model.named_buffers()}
+    norms = BatchNorms(clip.model, frozen=True)
+    clip.model.train()
+    norms.prepare()
+    wanted = whole(clip, LOSSES["infonce"], batch)[1]
+    accumulate(clip, LOSSES["infonce"], FP32, batch, 3, batch_norms=norms)
+    assert distance(gradients(clip), wanted) <= 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in clip.model.named_buffers())
+
+
+def test_what_batch_normalisation_does_is_chosen_with_its_reason() -> None:
+    vit, resnet = small_clip("vit").model, small_clip("resnet").model
+    for model, pretrained, micro_batch_size, value in (
+        (vit, True, 2, WHOLE),
+        (resnet, True, 8, WHOLE),
+        (resnet, True, 2, FROZEN),
+        (resnet, False, 2, PASSING),
+    ):
+        choice = choose_batch_norm(
+            model, pretrained=pretrained, batch_size=8, micro_batch_size=micro_batch_size
+        )
+        assert (choice.subject, choice.value) == ("batch_norm", value)
+        assert choice.reason
