@@ -62,7 +62,7 @@ def test_biases_norms_embeddings_and_the_logit_scale_take_no_decay(clip: Clip) -
         assert name not in decayed
     assert not any(name.endswith("bias") or ".ln_" in name for name in decayed)
     optimizer = build_optimizer(clip.model, learning_rate=1e-3, weight_decay=0.1)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(clip.model.parameters()))
 
 

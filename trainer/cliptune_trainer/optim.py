@@ -1,7 +1,8 @@
 """AdamW with the groups that CLIP needs.
 
 Enters: a model and its learning rate. Leaves: an optimizer, and its state as named tensors for checkpoints.
-Called by the loop. Biases, norms, class and position embeddings and the logit scale take no weight decay.
+Called by the loop and the step. Biases, norms, class and position embeddings and the logit scale take no
+weight decay; the logit scale and bias have a group, and so a learning rate, of their own.
 """
 
 from __future__ import annotations
@@ -23,17 +24,24 @@ BETAS: Final = (0.9, 0.98)
 EPS: Final = 1e-6
 _FUSING: Final = ("cpu", "cuda", "mps")
 MAX_LOG_SCALE: Final = math.log(100.0)
+_SCALES: Final = ("logit_scale", "logit_bias")
+# Parts of a name that say "position", "class token" or "scale", in open_clip, timm and Hugging Face.
 _NO_DECAY: Final = frozenset(
     {
         "class_embedding",
         "positional_embedding",
         "cls_token",
+        "reg_token",
         "pos_embed",
         "cls_emb",
-        "logit_scale",
-        "logit_bias",
+        "position_embeddings",
+        "relative_position_bias_table",
+        "head_scale",
+        *_SCALES,
     }
 )
+# Key of a group: by what its learning rate is multiplied.
+_SHARE: Final = "learning_rate_share"
 
 
 def build_optimizer(
@@ -43,8 +51,9 @@ def build_optimizer(
     weight_decay: float,
     scaled: bool = False,
     fused: bool | None = None,
+    scale_share: float = 1.0,
 ) -> AdamW:
-    """AdamW over all trainable parameters, in two groups: with decay and without.
+    """AdamW over all trainable parameters, in up to three groups: with decay, without, logit scale and bias.
 
     Args:
         model: fp32 master weights, on their device.
@@ -52,27 +61,38 @@ def build_optimizer(
         weight_decay: of matrices.
         scaled: a gradient scaler is in use.
         fused: by the policy; None: wherever nothing is known against it.
+        scale_share: learning rate of the logit scale and bias, as a multiple of the others'.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    decayed = [(name, parameter) for name, parameter in trainable if takes_decay(name, parameter)]
-    others = [(name, parameter) for name, parameter in trainable if not takes_decay(name, parameter)]
+    scales = [entry for entry in trainable if entry[0] in _SCALES]
+    decayed = [entry for entry in trainable if takes_decay(*entry)]
+    others = [entry for entry in trainable if entry[0] not in _SCALES and not takes_decay(*entry)]
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": weight_decay, _SHARE: 1.0},
+        {"params": others, "weight_decay": 0.0, _SHARE: 1.0},
+        {"params": scales, "weight_decay": 0.0, _SHARE: scale_share},
     ]
     device = trainable[0][1].device.type
-    return AdamW(
+    optimizer = AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,
         betas=BETAS,
         eps=EPS,
         fused=_can_fuse(device, scaled) if fused is None else fused,
     )
+    set_learning_rate(optimizer, learning_rate)
+    return optimizer
+
+
+def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
+    """Of the next step; the logit scale's and bias's in their proportion to it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group[_SHARE]
 
 
 def takes_decay(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to a parameter."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] not in _NO_DECAY
+    return parameter.ndim > 1 and _NO_DECAY.isdisjoint(name.split("."))
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import Loss
 from cliptune_trainer.memory.out_of_memory import is_out_of_memory
 from cliptune_trainer.nan_guard import Culprit, NanGuard
-from cliptune_trainer.optim import clamp_logit_scale
+from cliptune_trainer.optim import clamp_logit_scale, set_learning_rate
 from cliptune_trainer.precision import LossScaler, Precision
 from cliptune_trainer.replay import RandomState
 
@@ -147,8 +147,7 @@ class Step:
         Raises:
             StepOutOfMemoryError: the device's memory does not hold the micro-batch; nothing has changed.
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._optimizer, learning_rate)
         self._batch_norms.prepare()
         random, statistics = RandomState.capture(self._device), self._batch_norms.capture()
         size = self.micro_batch_size or len(batch.tokens_BL)
@@ -281,12 +280,17 @@ class Step:
         """Repeats the step's gradients under the guard, with the random masks of then; changes nothing."""
         statistics = self._batch_norms.capture()
         guard = NanGuard(self._clip.model)
-        with random.replayed(), guard.watching():
-            self._gradients(batch, size)
-        culprit = guard.culprit
-        self._optimizer.zero_grad(set_to_none=True)
-        self._batch_norms.restore(statistics)
-        return culprit
+        try:
+            with random.replayed(), guard.watching():
+                self._gradients(batch, size)
+            return guard.culprit
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # others have taken the memory since; the step is told as skipped all the same
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._batch_norms.restore(statistics)
 
 
 class _ScaledOptimizer(AdamW):
