@@ -18,11 +18,13 @@ from cliptune.errors import InvalidInputError
 from cliptune_model import rules
 from cliptune_model.choice import Choice
 from cliptune_model.hardware import available_bytes, detect, host
+from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
 
 __all__ = [
     "Choice",
     "choose_device",
     "choose_precision",
+    "choose_proven_device",
     "choose_threads",
     "device_memory_bytes",
     "devices",
@@ -65,6 +67,22 @@ def choose_device(wanted: str) -> Choice:
             allowed=", ".join(devices()),
         )
     return Choice(subject="device", value=f"cuda:{index}", reason=f"asked for: {_cuda_name(index)}")
+
+
+def choose_proven_device(wanted: str, home: Path | None) -> tuple[Choice, Proofs]:
+    """The device, and what `cliptune doctor` proved of it: one that computes wrongly is not taken.
+
+    Raises:
+        InvalidInputError: as `choose_device`; or the device asked for by name was found to compute wrongly.
+    """
+    device = choose_device(wanted)
+    if home is None:
+        return device, UNKNOWN
+    proofs = load_proofs(home, device.value, detect(device.value))
+    safe = rules.choose_device_by_proofs(device, proofs)
+    if safe.value != device.value:
+        proofs = load_proofs(home, safe.value, detect(safe.value))
+    return safe, proofs
 
 
 def devices() -> list[str]:

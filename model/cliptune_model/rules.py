@@ -117,6 +117,17 @@ def choose_attention(
     return Choice(subject="attention", value=other, reason=reason)
 
 
+def choose_serving_attention(proofs: Proofs = UNKNOWN) -> Choice:
+    """How attention is computed without gradients: by torch's kernels, unless doctor found them broken."""
+    for mode in ATTENTIONS:
+        if not proofs.failed(f"{mode} attention"):
+            break
+    reason = "every device has a kernel for it that keeps no score matrix"
+    if broken := proofs.failed("sdpa attention"):
+        reason = f"sdpa was found broken by doctor ({broken.told})"
+    return Choice(subject="attention", value=mode, reason=reason)
+
+
 def longest_sum(machine: Machine, proofs: Proofs = UNKNOWN) -> Choice:
     """Rows that one matrix product may reduce over and still be right; "any" where there is no such limit.
 

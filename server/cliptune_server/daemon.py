@@ -90,6 +90,7 @@ class Daemon:
                 EngineConfig(
                     device=config.device,
                     threads=config.threads,
+                    home=config.home,
                     message_bytes=config.limits.message_bytes,
                     standby=config.standby,
                 ),

@@ -52,6 +52,8 @@ class EngineConfig:
     device: str = "auto"
     threads: int | None = None
     """None: the engine chooses."""
+    home: Path | None = None
+    """Where `cliptune doctor` keeps what it proved of the devices. None: nothing is known of them."""
     log_level: str = "info"
     message_bytes: int = 256 * 1024 * 1024
     """Largest message, either way."""
@@ -113,6 +115,8 @@ class EngineProcess:
             str(config.message_bytes),
         ]
         command += ["--log-level", config.log_level]
+        if config.home is not None:
+            command += ["--home", str(config.home)]
         if config.threads is not None:
             command += ["--threads", str(config.threads)]
         process = await asyncio.create_subprocess_exec(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,11 +12,15 @@ from cliptune_model.device import (
     Choice,
     choose_device,
     choose_precision,
+    choose_proven_device,
     choose_threads,
     device_memory_bytes,
     devices,
     synchronize,
 )
+from cliptune_model.hardware import detect
+from cliptune_model.proofs import UNKNOWN, Proof, Proofs, save_proofs
+from cliptune_model.rules import choose_serving_attention
 
 ACCELERATED = torch.cuda.is_available() or torch.backends.mps.is_available()
 
@@ -66,3 +72,15 @@ def test_memory_of_the_cpu_grows_with_what_is_held() -> None:
     assert device_memory_bytes("cpu") - before > 48 * 2**20
     assert held.numel()
     synchronize("cpu")
+
+
+def test_a_device_is_taken_together_with_what_doctor_proved_of_it(tmp_path: Path) -> None:
+    assert choose_proven_device("cpu", None) == (choose_device("cpu"), UNKNOWN)
+    assert choose_proven_device("cpu", tmp_path) == (choose_device("cpu"), UNKNOWN)
+    found = Proofs(found={"sdpa attention": Proof(holds=False, told="relative difference 0.4")})
+    save_proofs(tmp_path, "cpu", detect("cpu"), found)
+    assert choose_proven_device("cpu", tmp_path)[1] == found
+    served = choose_serving_attention(found)
+    assert served.value == "sliced"
+    assert "0.4" in served.reason
+    assert choose_serving_attention().value == "sdpa"

@@ -20,6 +20,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import grpc
@@ -28,7 +29,11 @@ import torch
 from cliptune.errors import CliptuneError
 from cliptune.internal.v1 import engine_pb2_grpc
 from cliptune.telemetry import LEVELS, configure_logging, configure_tracing
-from cliptune_model.device import choose_device, choose_threads
+from cliptune_model.attention import AttentionPlan
+from cliptune_model.device import choose_proven_device, choose_threads
+from cliptune_model.hardware import host
+from cliptune_model.policy import prepare_process
+from cliptune_model.rules import choose_serving_attention
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
 from cliptune_server.engine.decode import Decoder
@@ -54,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the forward")
     parser.add_argument("--message-bytes", type=int, default=_MESSAGE_BYTES, help="largest message")
+    parser.add_argument("--home", type=Path, default=None, help="where cliptune doctor keeps its proofs")
     parser.add_argument("--log-level", default="info", choices=LEVELS)
     options = parser.parse_args(arguments)
 
@@ -64,9 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # open_clip tells each step of building a model on the root logger itself.
     logging.getLogger().addFilter(lambda record: record.levelno >= logging.WARNING)
     try:
-        device = choose_device(options.device)
+        # Read by torch at its first use of the device.
+        prepare_process(options.device, host())
+        device, proofs = choose_proven_device(options.device, options.home)
         threads = int(choose_threads(options.threads).value)
-        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes))
+        plan = AttentionPlan(mode=choose_serving_attention(proofs).value)
+        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes, plan))
     except CliptuneError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 2
@@ -75,7 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def serve(address: str, device: str, threads: int, message_bytes: int) -> None:
+async def serve(
+    address: str, device: str, threads: int, message_bytes: int, attention: AttentionPlan
+) -> None:
     """Serves until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -94,7 +105,13 @@ async def serve(address: str, device: str, threads: int, message_bytes: int) -> 
     batcher = Batcher(
         progress=progress, threads=exact_arithmetic, config=BatcherConfig(max_items=batch_items)
     )
-    models = ModelSet(device=device, batcher=batcher, decoder=decoder, decoded_ahead=2 * batch_items)
+    models = ModelSet(
+        device=device,
+        attention=attention,
+        batcher=batcher,
+        decoder=decoder,
+        decoded_ahead=2 * batch_items,
+    )
     admission = Admission(AdmissionLimits(total_bytes=2 * message_bytes), batcher.backlog_s)
     inference = Inference(models=models, batcher=batcher, decoder=decoder, admission=admission)
     servicer = EngineServicer(inference=inference, models=models, batcher=batcher, progress=progress)

@@ -24,6 +24,7 @@ from cliptune.errors import CliptuneError, InternalError, ModelStateError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
+from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
 from cliptune_model.exported import load_exported
 from cliptune_server.engine.batcher import Batcher, Lane
@@ -76,8 +77,17 @@ class ServedModel:
 class ModelSet:
     """Models by key, on one device. Used on the event loop."""
 
-    def __init__(self, *, device: str, batcher: Batcher, decoder: Decoder, decoded_ahead: int) -> None:
+    def __init__(
+        self,
+        *,
+        device: str,
+        attention: AttentionPlan,
+        batcher: Batcher,
+        decoder: Decoder,
+        decoded_ahead: int,
+    ) -> None:
         self.device: Final = device
+        self._attention: Final = attention
         self._batcher: Final = batcher
         self._decoder: Final = decoder
         self._decoded_ahead: Final = decoded_ahead
@@ -195,7 +205,9 @@ class ModelSet:
             torch.cuda.empty_cache()
 
     def _read(self, path: str) -> Towers:
-        return Towers(load_exported(Path(path), device=self.device))
+        clip = load_exported(Path(path), device=self.device)
+        install(clip.model, self._attention)
+        return Towers(clip)
 
     def _probe(self) -> None:
         ones = torch.ones(8, 8, device=self.device)
