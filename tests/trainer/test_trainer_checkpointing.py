@@ -1,15 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
 from cliptune_trainer.accumulation import accumulate
-from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing, repeated_blocks
+from cliptune_trainer.checkpointing import (
+    Checkpointed,
+    disable_checkpointing,
+    enable_checkpointing,
+    repeated_blocks,
+)
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.precision import Precision
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
@@ -64,6 +71,58 @@ def test_less_is_kept(kind: str) -> None:
         clip.encode_images(batch.images_B3HW)
         clip.encode_texts(batch.tokens_BL)
     assert after[0] < 0.75 * before[0]
+
+
+class NoisyBlock(nn.Module):
+    """Dropout from a generator that torch's checkpoint does not know, as it does not know Apple's."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x_BD: Tensor) -> Tensor:  # noqa: N803
+        mask_BD = torch.rand(x_BD.shape, generator=self.generator) > 0.5
+        return self.layer((x_BD * mask_BD).exp())
+
+
+@pytest.mark.parametrize("device", ["mps", "cpu"])
+def test_on_mps_the_masks_of_the_first_computation_are_drawn_again(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = NoisyBlock.generator
+    monkeypatch.setattr(torch.mps, "get_rng_state", generator.get_state)
+    monkeypatch.setattr(torch.mps, "set_rng_state", generator.set_state)
+    block, x_BD = NoisyBlock(), torch.randn(4, 8)
+
+    def gradient(forward: Callable[[Tensor], Tensor]) -> Tensor:
+        generator.manual_seed(9)
+        block.zero_grad()
+        forward(x_BD.clone().requires_grad_()).sum().backward()  # type: ignore[no-untyped-call]
+        assert block.layer.weight.grad is not None
+        after = torch.rand((), generator=generator)
+        ends.append(float(after))
+        return block.layer.weight.grad.clone()
+
+    ends: list[float] = []
+    wanted = gradient(block)
+    found = gradient(Checkpointed(block.forward, torch.device(device)))
+    assert torch.equal(found, wanted) == (device == "mps"), "torch's checkpoint alone draws another mask"
+    assert (ends[0] == ends[1]) == (device == "mps")
+
+
+def test_a_copy_of_a_checkpointed_model_computes_with_its_own_weights() -> None:
+    clip, batch = small_clip("vit"), small_batch(4)
+    enable_checkpointing(clip)
+    copy = replace(clip, model=deepcopy(clip.model))
+    wanted = copy.encode_texts(batch.tokens_BL).detach()
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            parameter.zero_()
+    copy.encode_texts(batch.tokens_BL).sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(copy.encode_texts(batch.tokens_BL), wanted)
+    assert all(parameter.grad is None for parameter in clip.model.parameters())
 
 
 def test_it_can_be_switched_again_and_again() -> None:

@@ -17,7 +17,6 @@ b: pairs of a part, N: pairs of the batch as the loss sees them, D: embedding di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
@@ -31,15 +30,6 @@ from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import Identities, Loss
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.replay import RandomState
-
-
-@dataclass(frozen=True, slots=True)
-class _Cached:
-    """A part that has gone through its tower without a graph. `random`: the generators before it did."""
-
-    rows: slice
-    features_bD: Tensor
-    random: RandomState
 
 
 class FeatureCache:
@@ -56,39 +46,38 @@ class FeatureCache:
     ) -> None:
         self._encode, self._device = encode, device
         self._early, self._last = parts[:-1], parts[-1]
-        self._cached: list[_Cached] = []
+        self._random: list[RandomState] = []  # of each early part, before it went through the tower
         self._leaf_ND: Tensor | None = None
-        self._replayed = False
 
     @torch.no_grad()
     def fill(self) -> None:
         """First pass, without a graph, over all parts but the last."""
         for rows in self._early:
-            random = RandomState.capture(self._device)
-            self._cached.append(_Cached(rows, self._encode(rows), random))
+            self._random.append(RandomState.capture(self._device))
+            features_bD = self._encode(rows)
+            if self._leaf_ND is None:
+                self._leaf_ND = features_bD.new_empty(self._early[-1].stop, features_bD.shape[1])
+            self._leaf_ND[rows] = features_bD
 
     def features(self) -> Tensor:
         """The last part goes through the tower; returns all features [N, D], for the loss."""
         last_bD = self._encode(self._last)
-        if not self._cached:
+        if self._leaf_ND is None:
             return last_bD
-        self._leaf_ND = torch.cat([cached.features_bD for cached in self._cached])
-        self._replayed = last_bD.requires_grad
-        self._leaf_ND.requires_grad_(self._replayed)
+        # Without a graph in the last part nothing of the tower is trained, and nothing is to be replayed.
+        self._leaf_ND.requires_grad_(last_bD.requires_grad)
         return torch.cat([self._leaf_ND, last_bD])
 
     def replay(self, precision: Precision) -> None:
         """After the loss's backward pass: the early parts again, each with its gradient. Inside autocast."""
-        if not self._replayed:
-            return
-        gradient_ND = cast(Tensor, self._leaf_ND).grad
+        gradient_ND = None if self._leaf_ND is None else self._leaf_ND.grad
         if gradient_ND is None:
-            return  # the loss does not look at this tower
-        for cached in self._cached:
-            cached.random.restore()
-            features_bD = self._encode(cached.rows)
+            return
+        for rows, random in zip(self._early, self._random, strict=True):
+            random.restore()
+            features_bD = self._encode(rows)
             with precision.exact():
-                torch.autograd.backward(features_bD, gradient_ND[cached.rows])
+                torch.autograd.backward(features_bD, gradient_ND[rows])
 
 
 def accumulate(

@@ -33,7 +33,7 @@ def enable_checkpointing(clip: Clip) -> int:
     for block in blocks:
         if not hasattr(block, _MARK):
             setattr(block, _MARK, block.forward)
-            block.forward = _checkpointed(block.forward, clip.device)
+            block.forward = Checkpointed(block.forward, clip.device)
     return len(blocks)
 
 
@@ -68,15 +68,21 @@ def _is_stack(module: nn.Module) -> bool:
     return len(kinds) == 1 and composed and next(module.parameters(), None) is not None
 
 
-def _checkpointed(forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    contexts = _mps_contexts if device.type == "mps" else noop_context_fn
+class Checkpointed:
+    """A forward pass whose activations are computed again when the backward pass needs them.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
+    A class, not a closure: a copy of the model copies it too, and computes with its own weights.
+    """
+
+    def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
+        self._forward = forward
+        self._contexts = _mps_contexts if device.type == "mps" else noop_context_fn
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own `forward`."""
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
-
-    return call
+            return self._forward(*args, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
 
 
 def _mps_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
