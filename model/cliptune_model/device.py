@@ -17,7 +17,7 @@ import torch
 from cliptune.errors import InvalidInputError
 from cliptune_model import rules
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import available_bytes, detect, host
+from cliptune_model.hardware import Machine, available_bytes, detect, host
 from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "free_memory_bytes",
     "memory_limit_bytes",
     "synchronize",
+    "why_no_mps",
 ]
 
 
@@ -178,8 +179,15 @@ def _no_cuda() -> str:
 
 
 def _no_mps() -> str:
-    if platform.system() != "Darwin":
+    return why_no_mps(host(), built=torch.backends.mps.is_built())
+
+
+def why_no_mps(machine: Machine, *, built: bool) -> str:
+    """Why Apple's GPU cannot be used, for a person. `built`: this torch knows of it."""
+    if machine.system != "Darwin":
         return "mps needs macOS on Apple silicon"
-    if not torch.backends.mps.is_built():
+    if machine.rosetta:
+        return "this is an Intel build of Python, which runs under Rosetta: install an arm64 one"
+    if not built:
         return "this torch was built without MPS"
-    return "macOS offers no Metal device (it may be too old, a virtual machine, or an Intel build of Python)"
+    return f"macOS {machine.os_version} offers no Metal device (it may be too old, or a virtual machine)"

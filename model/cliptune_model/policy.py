@@ -16,6 +16,7 @@ from cliptune_model.hardware import Machine
 from cliptune_model.process import prepare_process, watermarks
 from cliptune_model.proofs import UNKNOWN, Proofs
 from cliptune_model.rules import (
+    ATTENTIONS,
     choose_compile,
     choose_fused_optimizer,
     choose_memory_format,
@@ -52,6 +53,8 @@ class Policy:
     pin_memory: Choice
     memory_format: Choice
     longest_sum: Choice  # rows that one product may reduce over; "any"
+    attentions: tuple[str, ...]  # modes that the batch plan may take instead
+    may_recompute: bool  # the batch plan may turn checkpointing on
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -166,7 +169,15 @@ def decide(
         pin_memory=choose_pin_memory(machine),
         memory_format=choose_memory_format(machine),
         longest_sum=limit,
+        attentions=_attentions(wishes, proofs),
+        may_recompute=wishes.checkpointing != "off" and proofs.failed("checkpointing") is None,
     )
+
+
+def _attentions(wishes: Wishes, proofs: Proofs) -> tuple[str, ...]:
+    if wishes.attention != "auto":
+        return (wishes.attention,)
+    return tuple(mode for mode in ATTENTIONS if not proofs.failed(f"{mode} attention"))
 
 
 def _max_micro_batch(limit: Choice, workload: Workload) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ from cliptune_model.device import (
     device_memory_bytes,
     devices,
     synchronize,
+    why_no_mps,
 )
-from cliptune_model.hardware import detect
+from cliptune_model.hardware import Machine, detect
 from cliptune_model.proofs import UNKNOWN, Proof, Proofs, save_proofs
 from cliptune_model.rules import choose_serving_attention
 
@@ -84,3 +86,11 @@ def test_a_device_is_taken_together_with_what_doctor_proved_of_it(tmp_path: Path
     assert served.value == "sliced"
     assert "0.4" in served.reason
     assert choose_serving_attention().value == "sdpa"
+
+
+def test_why_there_is_no_mps_is_told_with_the_remedy() -> None:
+    mac = Machine(system="Darwin", os_version="12.1", chip="Apple M1", generation=1)
+    assert "macOS" in why_no_mps(Machine(system="Linux"), built=False)
+    assert "arm64" in why_no_mps(replace(mac, rosetta=True), built=True)
+    assert "without MPS" in why_no_mps(mac, built=False)
+    assert "12.1" in why_no_mps(mac, built=True)

@@ -382,6 +382,17 @@ def test_trap_9_mps_is_one_device_and_batches_are_not_pinned_for_it() -> None:
     assert policy(H100).pins_memory
 
 
+def test_the_batch_plan_is_told_what_it_may_take_instead() -> None:
+    free = policy(mac(16))
+    assert free.attentions == ("sdpa", "sliced", "chunked")
+    assert free.may_recompute
+    narrowed = policy(mac(16), "B/16", broken("checkpointing", "sliced attention"))
+    assert narrowed.attentions == ("sdpa", "chunked")
+    assert not narrowed.may_recompute
+    assert policy(mac(16), attention="sliced").attentions == ("sliced",)
+    assert not policy(mac(16), checkpointing="off").may_recompute
+
+
 def test_compilation_needs_its_tools_and_enough_steps() -> None:
     assert policy(H100).compiles
     assert not policy(replace(H100, triton=False)).compiles
