@@ -40,7 +40,7 @@ def class_embeddings(
         if not prompts:
             raise InvalidInputError(f"class {label!r} has no prompts")
     prompts_flat = [prompt for _, prompts in classes for prompt in prompts]
-    tokens_PL = clip.tokenize(prompts_flat)
+    tokens_PL = clip.tokenize_trimmed(prompts_flat)
     embeddings_PD = torch.cat(
         [
             normalise(clip.encode_texts(part_BL.to(clip.device)))

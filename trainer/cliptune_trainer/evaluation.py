@@ -198,7 +198,7 @@ def _embed_texts(
     parts = []
     for start in range(0, len(texts), batch_size):
         _check(interrupted)
-        tokens_BL = clip.tokenize(texts[start : start + batch_size])
+        tokens_BL = clip.tokenize_trimmed(texts[start : start + batch_size])
         parts.append(_numbers(clip.encode_texts(tokens_BL.to(clip.device))))
     return np.concatenate(parts)
 
