@@ -80,6 +80,7 @@ class Machine:
         memory_bytes: RAM, or the container's limit where that is less.
         cores: that this process may use.
         performance_cores: Apple's fast ones; elsewhere as `cores`.
+        cpu_bf16: the processor has bf16 instructions; without them torch emulates the type, slowly.
         container: a limit of the container lies below the machine's own.
         rosetta: an Intel Python on Apple silicon.
         torch_version: "2.15.0".
@@ -103,6 +104,7 @@ class Machine:
     memory_bytes: int = 0
     cores: int = 1
     performance_cores: int = 1
+    cpu_bf16: bool = False
     container: bool = False
     rosetta: bool = False
     torch_version: str = ""
@@ -266,13 +268,20 @@ def timed_tflops(device: str) -> float:
     return 2 * _MATMUL_SIDE**3 * done / elapsed_s / 1e12
 
 
+def cpu_bf16(cpuinfo: str) -> bool:
+    """Whether /proc/cpuinfo names bf16 instructions: x86's AVX-512 or AMX, or Arm's."""
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
+    return flags is not None and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.group(1).split())
+
+
 def _other_host() -> Machine:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = container_limits()
     usable_bytes = min(memory_bytes, limits.memory_bytes or memory_bytes)
     usable_cores = min(cores, limits.cores or cores)
-    match = re.search(r"^model name\s*:\s*(.+)$", text_of(Path("/proc/cpuinfo")), re.MULTILINE)
+    told = text_of(Path("/proc/cpuinfo"))
+    match = re.search(r"^model name\s*:\s*(.+)$", told, re.MULTILINE)
     return Machine(
         system=platform.system(),
         os_version=platform.release(),
@@ -281,6 +290,7 @@ def _other_host() -> Machine:
         memory_bytes=usable_bytes,
         cores=usable_cores,
         performance_cores=usable_cores,
+        cpu_bf16=cpu_bf16(told),
         container=usable_bytes < memory_bytes or usable_cores < cores,
     )
 

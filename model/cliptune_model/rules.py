@@ -73,6 +73,8 @@ def choose_precision(wanted: str, machine: Machine, proofs: Proofs = UNKNOWN) ->
     reason = "asked for"
     if wanted == "bf16" and machine.accelerator == "mps" and not machine.gpu_bf16:
         reason = f"asked for; {machine.chip} emulates it: less memory than fp32, not more speed"
+    if wanted == "bf16" and machine.accelerator == "cpu" and not machine.cpu_bf16:
+        reason = "asked for; this processor has no bf16 instructions: less memory than fp32, but slower"
     return Choice(subject="precision", value=wanted, reason=reason)
 
 

@@ -73,8 +73,8 @@ class Workload:
             parameters=sum(parameter.numel() for parameter in parameters),
             trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             batch_size=batch_size,
-            image=_tower(clip.model_config.get("vision_cfg", {})),
-            text=_tower(clip.model_config.get("text_cfg", {})),
+            image=tower_of(clip.model_config.get("vision_cfg", {})),
+            text=tower_of(clip.model_config.get("text_cfg", {})),
             total_steps=total_steps,
         )
 
@@ -119,7 +119,7 @@ class Workload:
         return Tower(layers=layers, width=_GUESSED_WIDTH, heads=_GUESSED_WIDTH // _HEAD_WIDTH)
 
 
-def _tower(config: dict[str, Any]) -> Tower:
+def tower_of(config: dict[str, Any]) -> Tower:
     """From a tower's part of open_clip's configuration; unknown for those of timm, ResNets and the hub."""
     layers, width = config.get("layers"), config.get("width")
     named_elsewhere = config.get("timm_model_name") or config.get("hf_model_name")

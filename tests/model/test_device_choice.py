@@ -56,7 +56,8 @@ def test_what_is_no_device_is_refused(wanted: str) -> None:
 
 def test_precision_on_the_cpu_is_exact_unless_asked_otherwise() -> None:
     assert choose_precision("auto", "cpu").value == "fp32"
-    assert choose_precision("bf16", "cpu") == Choice(subject="precision", value="bf16", reason="asked for")
+    assert choose_precision("bf16", "cpu").value == "bf16"
+    assert "asked for" in choose_precision("bf16", "cpu").reason
     with pytest.raises(InvalidInputError, match="unknown precision 'int8'"):
         choose_precision("int8", "cpu")
 

@@ -16,6 +16,7 @@ from cliptune_model.hardware import (
     apple_chip,
     apple_host,
     available_bytes,
+    cpu_bf16,
     detect,
     host,
     parse_sysctl,
@@ -130,6 +131,19 @@ def test_metals_recommendation_is_guessed_where_it_is_not_told(
     ram_gib: int, least: float, most: float
 ) -> None:
     assert least * GIB < recommended_bytes(ram_gib * GIB) < most * GIB
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "has"),
+    [
+        ("model name\t: Xeon\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile\n", True),
+        ("flags\t\t: fpu avx2 avx512_vnni\n", False),
+        ("Features\t: fp asimd bf16 i8mm\n", True),
+        ("", False),
+    ],
+)
+def test_bf16_of_a_processor_is_read_from_its_flags(cpuinfo: str, has: bool) -> None:
+    assert cpu_bf16(cpuinfo) is has
 
 
 def test_this_machine_is_detected() -> None:

@@ -12,11 +12,15 @@ import pytest
 
 from cliptune.errors import InvalidInputError
 from cliptune_model import rules
+from cliptune_model.attention import image_tokens
 from cliptune_model.choice import Choice
+from cliptune_model.clip import build
 from cliptune_model.hardware import GIB, Machine, with_apple_gpu
 from cliptune_model.policy import Policy, Proofs, Tower, Wishes, Workload, decide, prepare_process
 from cliptune_model.process import HIGH, LOW, watermarks
 from cliptune_model.proofs import FILE, UNKNOWN, Proof, load_proofs, save_proofs
+from cliptune_model.source import ModelSource
+from cliptune_model.workload import tower_of
 
 B32_TOWERS = {
     "image": Tower(layers=12, width=768, heads=12),
@@ -195,6 +199,28 @@ def test_a_precision_that_the_device_lacks_is_refused_with_the_way_out(
     if wanted != "int8":
         with pytest.raises(InvalidInputError, match=way_out):
             policy(machine, precision=wanted)
+
+
+def test_bf16_on_a_processor_without_it_is_taken_when_asked_for_and_called_slow() -> None:
+    assert "slower" in rules.choose_precision("bf16", CPU).reason
+    assert rules.choose_precision("bf16", replace(CPU, cpu_bf16=True)).reason == "asked for"
+
+
+def test_a_workload_is_read_off_a_model() -> None:
+    model = build(ModelSource(name="cliptune-test-vit"))
+    whole = Workload.of(model, batch_size=8, image_tokens=image_tokens(model), total_steps=3)
+    assert (whole.image_tokens, whole.text_tokens, whole.tokens) == (17, 16, 17)
+    assert whole.image == whole.text == Tower(layers=2, width=32, heads=2)
+    assert whole.trainable == whole.parameters
+    assert whole.state_bytes() == 16 * whole.parameters
+    for parameter in model.model.get_submodule("visual").parameters():
+        parameter.requires_grad_(False)
+    frozen = Workload.of(model, batch_size=8, image_tokens=17)
+    assert frozen.trainable is not None
+    assert frozen.state_bytes() == 4 * frozen.parameters + 12 * frozen.trainable < whole.state_bytes()
+    # Towers of other libraries have no such configuration.
+    config = {"timm_model_name": "vit_base_patch16_224", "layers": 12, "width": 768}
+    assert tower_of(config) == tower_of({"layers": [3, 4, 6, 3], "width": 64}) == Tower()
 
 
 def test_bf16_on_an_m1_is_taken_when_asked_for_and_called_emulated() -> None:
