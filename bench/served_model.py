@@ -15,7 +15,7 @@ from pathlib import Path
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model
 from cliptune_model.source import ModelSource
-from cliptune_server.model_files import ModelFiles
+from cliptune_server.catalog.model_files import ModelFiles
 from tests.support.daemon import RunningDaemon, running_daemon
 
 MODEL = "benched"

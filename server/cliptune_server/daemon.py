@@ -21,28 +21,28 @@ from pathlib import Path
 from typing import Final
 
 from cliptune_server import listening
+from cliptune_server.catalog.model_files import ModelFiles
+from cliptune_server.catalog.models import Models
+from cliptune_server.catalog.registry import Registry
 from cliptune_server.config import JobsConfig, ServerConfig
 from cliptune_server.database import Database
-from cliptune_server.engine_process import EngineConfig
-from cliptune_server.engines import EngineState, EngineSupervisor
 from cliptune_server.gateway.app import build_app
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.home import Home
 from cliptune_server.http_server import HttpServer
-from cliptune_server.jobs import Jobs
-from cliptune_server.launcher import LocalLauncher
-from cliptune_server.link import LinkService
+from cliptune_server.inference.engine_process import EngineConfig
+from cliptune_server.inference.engines import EngineState, EngineSupervisor
+from cliptune_server.inference.router import Router
+from cliptune_server.inference.yielding import Yielding
 from cliptune_server.metrics import Metrics
-from cliptune_server.model_files import ModelFiles
-from cliptune_server.models import Models
 from cliptune_server.readiness import Part, Readiness
-from cliptune_server.registry import Registry
-from cliptune_server.router import Router
 from cliptune_server.rpc.inference import InferenceServicer
 from cliptune_server.rpc.models import ModelServicer
 from cliptune_server.rpc.server import RpcServer
 from cliptune_server.rpc.training import TrainingServicer
-from cliptune_server.yielding import Yielding
+from cliptune_server.training.jobs import Jobs
+from cliptune_server.training.launcher import LocalLauncher
+from cliptune_server.training.link import LinkService
 
 log = logging.getLogger(__name__)
 

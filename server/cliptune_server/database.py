@@ -1,7 +1,7 @@
 """The index: a SQLite file that answers lists and look-ups and can be rebuilt from the files at any time.
 
 Enters: functions over an SQLAlchemy `Session`, run one after the other in a thread of the database's own.
-Leaves: what they return. Called by `job_index.py` and the registry; nothing is stored here alone.
+Leaves: what they return. Called by `training/job_index.py` and the registry; nothing is stored here alone.
 """
 
 from __future__ import annotations

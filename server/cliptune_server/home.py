@@ -9,7 +9,7 @@ by the daemon before anything else; jobs, registry and engines ask it where thei
     cliptune.db   index, rebuilt from the files when missing
     serving.json  which models are loaded
     data/         uploads
-    jobs/<id>/    see `job_folder.py`
+    jobs/<id>/    see `training/job_folder.py`
     models/<name>/<version>/
 """
 

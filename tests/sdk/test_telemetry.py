@@ -26,7 +26,7 @@ configure_logging("info", "daemon")
 shutdown = configure_tracing("cliptune-daemon")
 with trace.get_tracer("test").start_as_current_span("work"):
     with structlog.contextvars.bound_contextvars(job_id="job-1"):
-        structlog.get_logger("cliptune_server.jobs").info("queued", loss=float("nan"), position=2)
+        structlog.get_logger("cliptune_server.training.jobs").info("queued", loss=float("nan"), position=2)
         logging.getLogger("uvicorn.error").warning("standard %s", "library", extra={"port": 8000})
         try:
             1 / 0
@@ -66,7 +66,7 @@ def test_every_log_line_is_json_with_trace_and_job_ids_whoever_wrote_it() -> Non
         assert re.fullmatch(r"[0-9a-f]{16}", line["span_id"])
         assert line["timestamp"].endswith("Z")
     assert [line["level"] for line in lines] == ["info", "warning", "error"]
-    assert [line["logger"] for line in lines] == ["cliptune_server.jobs", "uvicorn.error", "grpc"]
+    assert [line["logger"] for line in lines] == ["cliptune_server.training.jobs", "uvicorn.error", "grpc"]
     assert lines[0]["loss"] == "nan"
     assert lines[1]["port"] == 8000
     assert "ZeroDivisionError" in lines[2]["exception"]

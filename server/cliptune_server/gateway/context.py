@@ -14,11 +14,11 @@ from cliptune.errors import InvalidInputError
 from cliptune_server.metrics import Metrics
 
 if TYPE_CHECKING:
-    from cliptune_server.engines import EngineSupervisor
-    from cliptune_server.jobs import Jobs
-    from cliptune_server.models import Models
+    from cliptune_server.catalog.models import Models
+    from cliptune_server.inference.engines import EngineSupervisor
+    from cliptune_server.inference.router import Router
     from cliptune_server.readiness import Readiness
-    from cliptune_server.router import Router
+    from cliptune_server.training.jobs import Jobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -23,7 +23,7 @@ from cliptune_server.gateway import forms
 from cliptune_server.gateway.messages import json_form
 
 if TYPE_CHECKING:
-    from cliptune_server.router import Router
+    from cliptune_server.inference.router import Router
 
 _ITEM_ERRORS: Final = (ImageDecodeError, ImageSizeError, TensorError, TextError)
 _Answer = inference_pb2.EmbedImagesResponse | inference_pb2.EmbedTextsResponse

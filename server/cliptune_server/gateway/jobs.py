@@ -16,7 +16,7 @@ from cliptune_server.gateway import events
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form
 from cliptune_server.gateway.problems import problems
-from cliptune_server.job import FINAL_STATES, LONGEST_YIELD_S
+from cliptune_server.training.job import FINAL_STATES, LONGEST_YIELD_S
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="The job's id.", examples=["solar-cells-7f3a"])]

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from cliptune.v1 import inference_pb2, inference_pb2_grpc
-from cliptune_server.router import Router
+from cliptune_server.inference.router import Router
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 

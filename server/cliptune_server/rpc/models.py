@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 
 from cliptune.v1 import model_pb2, model_pb2_grpc
-from cliptune_server.models import Models
+from cliptune_server.catalog.models import Models
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -9,8 +9,8 @@ from typing import Any
 import grpc
 
 from cliptune.v1 import training_pb2, training_pb2_grpc
-from cliptune_server.jobs import Jobs
 from cliptune_server.rpc.training_session import TrainingSession
+from cliptune_server.training.jobs import Jobs
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from cliptune.errors import CliptuneError, ConflictError, InvalidInputError, UnavailableError, to_detail
 from cliptune.v1 import training_pb2
-from cliptune_server.jobs import Jobs
+from cliptune_server.training.jobs import Jobs
 
 # A client that reads slowly holds back its watches, which then read from the log's file.
 _WAITING_RESPONSES: Final = 64

@@ -34,7 +34,7 @@ from cliptune.tensors import pack, unpack
 from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 from cliptune_model.exported import Manifest, export_model, load_exported
-from cliptune_server.engine_process import EngineConfig, EngineProcess
+from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
 from tests.server.engine.collector import Collector, collecting
 from tests.support import images
 

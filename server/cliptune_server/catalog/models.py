@@ -1,0 +1,378 @@
+"""Models as users handle them: published, listed, loaded, named by aliases, swapped while requests run.
+
+Enters: finished jobs (`publish`), ModelService's messages, and the references of inference requests
+(`catalog`). Leaves: published versions, and the engine holding exactly those that are served. What is served
+is remembered as references in serving.json ("shapes@prod"), not as versions: a daemon that starts again
+serves what the alias points at then.
+
+Served is what a reference was loaded for. A version is unloaded when no served reference means it any more:
+
+    load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is unloaded
+    load("shapes:1"), then the same                           1 stays beside 2: asked for by number
+
+Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the
+gateway, jobs and the router; the daemon makes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Collection, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
+from cliptune.internal.v1 import engine_pb2
+from cliptune.v1 import job_pb2, model_pb2, spec_pb2
+from cliptune_server.catalog.loaded import LoadedModels
+from cliptune_server.catalog.model_files import PublishedModel, check_name
+from cliptune_server.catalog.registry import Reference, Registry
+from cliptune_server.home import write_json
+from cliptune_server.training.publisher import Publication
+
+log = logging.getLogger(__name__)
+
+REGISTRY_SOURCE: Final = "registry:"
+# An engine may end while it loads, through no fault of the model's; its successor is waited for.
+_LOAD_TRIES: Final = 2
+
+Result = TypeVar("Result")
+
+
+class Engines(Protocol):
+    """What is needed of the engine supervisor."""
+
+    async def load(self, key: str, path: Path) -> engine_pb2.LoadedModel:
+        """Returns when the model has answered a canary."""
+
+    async def unload(self, key: str) -> None:
+        """Waits for the model's requests in flight."""
+
+    async def status(self) -> engine_pb2.StatusResponse:
+        """Device and loaded models."""
+
+
+class Models:
+    """Publisher and ModelService's operations; `catalog` answers the router."""
+
+    def __init__(self, *, registry: Registry, engines: Engines, serving_path: Path) -> None:
+        self.catalog: Final = LoadedModels(registry)
+        self._registry = registry
+        self._engines = engines
+        self._serving_path = serving_path
+        self._served: set[Reference] = set()
+        self._before: dict[str, PublishedModel] = {}
+        """References of the last daemon, with the versions that they mean now, until `restore`."""
+        self._device = ""
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+        """Hidden versions that a bulk stream still uses, each with its unloading, which waits for that."""
+        self._changing = asyncio.Lock()
+        self._changes: set[asyncio.Task[Any]] = set()
+
+    async def start(self) -> None:
+        """Rebuild the index. Loading what was served before is `restore`, which takes longer."""
+        await self._registry.start()
+        self.catalog.set_aliases(await self._registry.aliases())
+        for text in await asyncio.to_thread(_read_serving, self._serving_path):
+            try:
+                self._before[text] = await self._registry.find(Reference.parse(text))
+            except CliptuneError as error:
+                log.warning("%s was served before and is not there now: %s", text, error.message)
+        for model in self._before.values():
+            self.catalog.announce(model)
+
+    async def restore(self) -> None:
+        """Load what was served when the daemon stopped.
+
+        One that cannot be loaded gets a log line: it must not keep the others from being served.
+        """
+        async with self._changing:
+            for text, model in self._before.items():
+                try:
+                    self._served.add(Reference.parse(text))
+                    await self._load(model)
+                except CliptuneError as error:
+                    log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
+
+    async def stop(self) -> None:
+        """Give up the changes that are under way."""
+        work = [*self._changes, *self._retiring.values()]
+        for task in work:
+            task.cancel()
+        await asyncio.gather(*work, return_exceptions=True)
+
+    # --- Publisher
+
+    async def publish(
+        self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
+    ) -> Publication:
+        """Take a job's export into the registry, set its aliases and serve it as its spec says.
+
+        The same job publishes once, however often this is called. A model that the engine cannot load now is
+        published all the same, and the answer says so; an alias that is served then stays where it was.
+        """
+        for alias in publish.aliases:
+            check_name(alias, "alias")
+        return await self._change(self._publish(job_id, publish, export_dir, metrics))
+
+    async def resolve_source(self, name: str) -> str:
+        """ "registry:NAME@prod" → "local-dir:/…/models/NAME/3"; any other source as it is."""
+        if not name.startswith(REGISTRY_SOURCE):
+            return name
+        model = await self._registry.find(Reference.parse(name.removeprefix(REGISTRY_SOURCE)))
+        return f"local-dir:{model.path}"
+
+    # --- ModelService
+
+    async def list(self, request: model_pb2.ListModelsRequest) -> model_pb2.ListModelsResponse:
+        """All versions, by name, newest first."""
+        if request.name:
+            check_name(request.name)
+        models = await self._registry.models(request.name)
+        return model_pb2.ListModelsResponse(models=[self._message(model) for model in models])
+
+    async def get(self, reference: str) -> model_pb2.Model:
+        """One version. `ModelNotFoundError`."""
+        return self._message(await self._registry.find(Reference.parse(reference)))
+
+    async def load(self, reference: str) -> model_pb2.Model:
+        """Serve a reference; a version that is loaded already is not loaded again."""
+        wanted = Reference.parse(reference)
+
+        async def change() -> PublishedModel:
+            model = await self._registry.find(wanted)
+            await self._load(model)
+            await self._serve(wanted)
+            return model
+
+        return self._message(await self._change(change()))
+
+    async def unload(self, reference: str) -> model_pb2.Model:
+        """Stop serving a version, whatever it was loaded as; returns when nothing uses it any more.
+
+        New requests do not find it from now on; bulk streams that began with it are answered to their end.
+        `ModelStateError` when it is not loaded.
+        """
+        wanted = Reference.parse(reference)
+
+        async def change() -> PublishedModel:
+            model = self.catalog.find(wanted)
+            if model is None:
+                published = await self._registry.find(wanted)
+                raise ModelStateError(f"{published.key} is not loaded", model=published.key)
+            self._served = {served for served in self._served if self.catalog.find(served) != model}
+            await self._unload(model.key)
+            await self._remember()
+            return model
+
+        model = await self._change(change())
+        if retiring := self._retiring.get(model.key):
+            await asyncio.wait([retiring])
+        return self._message(model)
+
+    async def set_alias(self, reference: str, alias: str) -> model_pb2.Model:
+        """Point NAME@ALIAS at a version. If the alias is served, the version is loaded before it moves."""
+        wanted = Reference.parse(reference)
+        named = Reference(name=wanted.name, alias=check_name(alias, "alias"))
+
+        async def change() -> PublishedModel:
+            model = await self._registry.find(wanted)
+            served = named in self._served or self.catalog.find(named) is not None
+            if served:
+                await self._load(model)
+            await self._point(model, alias)
+            if served:
+                await self._serve(named)
+            return model
+
+        return self._message(await self._change(change()))
+
+    async def delete_alias(self, name: str, alias: str) -> None:
+        """Forget NAME@ALIAS; a version that was loaded as this alias alone is unloaded."""
+        named = Reference(name=check_name(name), alias=check_name(alias, "alias"))
+
+        async def change() -> None:
+            await self._registry.delete_alias(name, alias)
+            self.catalog.set_aliases(await self._registry.aliases())
+            self._served.discard(named)
+            await self._settle()
+
+        await self._change(change())
+
+    async def delete(self, reference: str) -> None:
+        """Remove "NAME:VERSION" for good. `ModelStateError` while it is loaded or an alias points at it."""
+        wanted = Reference.parse(reference)
+        if wanted.version is None:
+            raise InvalidInputError(
+                f"{reference!r} does not say which version to delete: NAME:VERSION", model=reference
+            )
+
+        async def change() -> None:
+            model = await self._registry.find(wanted)
+            if model.key in self.catalog:
+                raise ModelStateError(
+                    f"{model.key} cannot be deleted: it is loaded, unload it first", model=model.key
+                )
+            if model.key in self._retiring:
+                raise ModelStateError(
+                    f"{model.key} cannot be deleted: it is being unloaded, and a bulk stream still uses it",
+                    model=model.key,
+                )
+            await self._registry.delete(model)
+
+        await self._change(change())
+
+    # --- Inside a change
+
+    async def _publish(
+        self, job_id: str, publish: spec_pb2.PublishSpec, export_dir: Path, metrics: Mapping[str, float]
+    ) -> Publication:
+        model = await self._registry.publish(export_dir, name=publish.model, job_id=job_id, metrics=metrics)
+        names = [Reference(name=model.name, alias=alias) for alias in dict.fromkeys(publish.aliases)]
+        serve = publish.serve or not publish.HasField("serve")
+        swapped = {name for name in names if name in self._served or self.catalog.find(name)}
+        not_loaded = ""
+        if serve or swapped:
+            try:
+                await self._load(model)
+            except CliptuneError as error:
+                not_loaded = _not_loaded(model, error, swapped)
+                log.warning("%s", not_loaded)
+                names = [name for name in names if name not in swapped]
+                swapped.clear()
+        for name in names:
+            await self._point(model, name.alias)
+        if serve:
+            swapped.update(names or [Reference(name=model.name)])
+        await self._serve(*swapped)
+        aliases = self.catalog.aliases(model.name, model.version)
+        published = job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
+        return Publication(model=published, not_loaded=not_loaded)
+
+    async def _load(self, model: PublishedModel) -> None:
+        if model.key in self.catalog:
+            return
+        if await self._called_back(model):
+            self.catalog.add(model)
+            return
+        self.catalog.announce(model)
+        try:
+            for left in reversed(range(_LOAD_TRIES)):
+                try:
+                    await self._engines.load(model.key, model.path)
+                    break
+                except UnavailableError:
+                    if not left:
+                        raise
+            self._device = (await self._engines.status()).device
+            self.catalog.add(model)
+            log.info("loaded %s", model.key)
+        finally:
+            self.catalog.withdraw(model.key)
+
+    async def _unload(self, key: str) -> None:
+        # Requests that were sent to it are answered first; one that comes too late the router sends anew.
+        self.catalog.hide(key)
+        if self.catalog.is_held(key):
+            # Not within this change: a stream may last for hours.
+            self._retiring[key] = asyncio.create_task(self._retire(key), name=f"retire-{key}")
+        else:
+            await self._engines.unload(key)
+            log.info("unloaded %s", key)
+
+    async def _retire(self, key: str) -> None:
+        log.info("%s is unloaded when the streams that use it have ended", key)
+        await self.catalog.until_free(key)
+        try:
+            await self._engines.unload(key)
+            log.info("unloaded %s", key)
+        except CliptuneError as error:
+            log.warning("%s could not be unloaded: %s", key, error.message)
+        finally:
+            self._retiring.pop(key, None)
+
+    async def _called_back(self, model: PublishedModel) -> bool:
+        """Whether a version that was to be unloaded is in the engine still, and stays now."""
+        retiring = self._retiring.get(model.key)
+        if retiring is None:
+            return False
+        if held := self.catalog.is_held(model.key):
+            retiring.cancel()
+        await asyncio.wait([retiring])
+        self._retiring.pop(model.key, None)
+        return held
+
+    async def _point(self, model: PublishedModel, alias: str) -> None:
+        await self._registry.set_alias(model.name, alias, model.version)
+        self.catalog.set_aliases(await self._registry.aliases())
+        log.info("%s@%s is now %s", model.name, alias, model.key)
+
+    async def _serve(self, *references: Reference) -> None:
+        self._served.update(references)
+        await self._settle()
+
+    async def _settle(self) -> None:
+        """Unload what no served reference means any more, and remember what is served."""
+        meant = {model.key for served in self._served if (model := self.catalog.find(served))}
+        for model in self.catalog:
+            if model.key not in meant:
+                await self._unload(model.key)
+        await self._remember()
+
+    async def _remember(self) -> None:
+        content = {"references": sorted(map(str, self._served))}
+        await asyncio.to_thread(write_json, self._serving_path, content)
+
+    async def _change(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Run a change after the ones before it, to its end even if the caller is cancelled meanwhile."""
+
+        async def alone() -> Result:
+            async with self._changing:
+                return await work
+
+        task = asyncio.create_task(alone())
+        self._changes.add(task)
+        task.add_done_callback(self._forget_change)
+        return await asyncio.shield(task)
+
+    def _forget_change(self, task: asyncio.Task[Any]) -> None:
+        self._changes.discard(task)
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, CliptuneError):
+            log.error("a change of models failed", exc_info=error)
+
+    def _message(self, model: PublishedModel) -> model_pb2.Model:
+        loaded = model.key in self.catalog
+        message = model_pb2.Model(
+            name=model.name,
+            version=model.version,
+            aliases=self.catalog.aliases(model.name, model.version),
+            loaded=loaded,
+            bytes=model.bytes,
+            architecture=model.architecture,
+            embedding_dim=model.embedding_dim,
+            image_size=model.image_size,
+            job_id=model.job_id,
+            metrics=model.metrics,
+            path=str(model.path),
+            device=self._device if loaded else "",
+        )
+        message.created.FromDatetime(model.created)
+        return message
+
+
+def _not_loaded(model: PublishedModel, error: CliptuneError, kept: Collection[Reference]) -> str:
+    stays = f"; what is served stays as it was ({', '.join(sorted(map(str, kept)))})" * bool(kept)
+    again = f"`cliptune models load {model.key}` tries again"
+    return f"{model.key} is published, and not loaded for inference: {error.message}{stays}; {again}"
+
+
+def _read_serving(path: Path) -> list[str]:
+    try:
+        return [str(reference) for reference in json.loads(path.read_text(encoding="utf-8"))["references"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s cannot be read, so nothing is served until it is loaded again: %s", path, error)
+        return []
