@@ -48,6 +48,9 @@ class Control:
                 run.instruct(pending.instruction)
                 if name == "cancel":
                     self._dispatcher.cancel(run)
+                elif name == "yield_to_inference":
+                    now_s = asyncio.get_running_loop().time()
+                    run.yields_until_s = now_s + command.yield_to_inference.seconds
                 return pending
             if job.state == JOB_STATE_RUNNING:
                 state = state_name(job.state)

@@ -158,8 +158,10 @@ class Dispatcher:
         command = job_pb2.JobCommand(yield_to_inference=job_pb2.YieldToInferenceCommand(seconds=seconds))
         # Without an id: no event tells of it, and nothing is repeated to a trainer that dials in later.
         instruction = trainer_pb2.Instruction(command=command)
+        now_s = asyncio.get_running_loop().time()
         for job_id, run in self._runs.items():
-            if run.holds_device and self._live[job_id].record.device == device:
+            here = run.holds_device and self._live[job_id].record.device == device
+            if here and now_s >= run.yields_until_s:
                 run.instruct(instruction)
 
     async def stop(self, grace_s: float) -> None:

@@ -40,6 +40,8 @@ class TrainerRun:
         """None until it is launched, and for one that ended while no daemon was there."""
         self.cancelling = False
         """Somebody asked for the job's end: whatever the trainer does, it will not be retried."""
+        self.yields_until_s = 0.0
+        """On the loop's clock: a user asked it to yield, which the daemon's own leases must not cut short."""
         self.ended: Final = asyncio.Event()
         self._job = job
         self._threads = threads

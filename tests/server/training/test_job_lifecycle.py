@@ -52,6 +52,10 @@ CHECKPOINT = job_pb2.JobCommand(checkpoint=job_pb2.CheckpointCommand())
 LONG = 100_000
 
 
+def yield_for(seconds: float) -> job_pb2.JobCommand:
+    return job_pb2.JobCommand(yield_to_inference=job_pb2.YieldToInferenceCommand(seconds=seconds))
+
+
 def trainer_pid(root: Path, job_id: str) -> int:
     note = JobFolder(root / "home" / "jobs" / job_id).launch_note()
     assert note is not None
@@ -129,9 +133,9 @@ async def test_a_running_job_yields_on_command_and_as_the_daemon_tells_its_devic
         on_cuda = await create(jobs, peer_spec(tmp_path, "on-cuda", steps=LONG, device="cuda"))
         for job in (on_mps, on_cuda):
             await collect(jobs, job.id, until=at_step(1))
-        command = job_pb2.YieldToInferenceCommand(seconds=5)
-        answer = await jobs.control(on_mps.id, job_pb2.JobCommand(yield_to_inference=command))
-        assert answer.job.state == JOB_STATE_RUNNING
+        assert (await jobs.control(on_mps.id, yield_for(60))).job.state == JOB_STATE_RUNNING
+        jobs.yield_to_inference("mps", 0)  # does not cut short what a user asked for
+        await jobs.control(on_mps.id, yield_for(0))
         for device, seconds in (("cuda:1", 9), ("cuda:0", 0.5), ("cuda:0", 0), ("mps", 0.25)):
             jobs.yield_to_inference(device, seconds)
         seen = [
@@ -140,11 +144,11 @@ async def test_a_running_job_yields_on_command_and_as_the_daemon_tells_its_devic
         ]
         assert [lines(events) for events in seen] == [["yields 0.25 s"], ["yields 0.5 s", "yields 0 s"]]
         commands = [[e.command.command for e in events if e.HasField("command")] for events in seen]
-        assert commands == [["yield_to_inference"], []]
+        assert commands == [["yield_to_inference"] * 2, []]
         queued = await create(jobs, peer_spec(tmp_path, "queued", steps=LONG, device="mps"))
         await collect(jobs, queued.id, until=in_state(JOB_STATE_QUEUED))
         with pytest.raises(JobStateError, match="QUEUED, which allows cancel, pause"):
-            await jobs.control(queued.id, job_pb2.JobCommand(yield_to_inference=command))
+            await jobs.control(queued.id, yield_for(1))
 
 
 async def test_a_killed_trainer_is_retried_from_its_checkpoint(tmp_path: Path) -> None:
