@@ -111,7 +111,7 @@ class EngineSupervisor:
     async def stop(self, grace_s: float) -> None:
         """The engine answers what it has accepted, for at most `grace_s`, and ends."""
         self._stopping.set()
-        self._say(ready=False, reason="the engine is stopping")
+        self._say(ready=False)
         if self._active is not None:
             await self._active.stop(grace_s)
         if self._supervising is not None:
@@ -322,6 +322,8 @@ class EngineSupervisor:
         self._missing[key] = why
 
     def _say(self, *, ready: bool, reason: str = "") -> None:
+        if self._stopping.is_set():  # what fails now fails for this
+            ready, reason = False, "the engine is stopping"
         state = EngineState(ready=ready, reason=reason)
         if state != self._state:
             self._state = state

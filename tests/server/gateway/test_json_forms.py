@@ -34,7 +34,8 @@ def test_a_message_says_numbers_as_numbers_and_leaves_out_only_what_is_not_set()
     assert form["progress"]["loss"] is None
     assert form["progress"]["device_memory_bytes"] == 2**40
     assert form["progress"]["step"] == 0
-    assert form["spec"]["train"] == {"epochs": 0, "schedule": "", "precision": ""}
+    texts = [field.name for field in spec_pb2.TrainSpec.DESCRIPTOR.fields if not field.has_presence]
+    assert form["spec"]["train"] == {"epochs": 0} | dict.fromkeys(texts, "")
     assert form["evaluation"]["metrics"] == {"recall@1": 0.25}
     assert "finished" not in form
 
