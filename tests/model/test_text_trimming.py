@@ -74,7 +74,8 @@ def embedded(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor
     """Embeddings, and the gradients that a loss over them gives every weight of the text tower."""
     model.zero_grad()
     text_BD = encode_text(model, tokens)
-    (text_BD * torch.linspace(-1, 1, text_BD.numel(), dtype=text_BD.dtype).view_as(text_BD)).sum().backward()
+    weights_BD = torch.linspace(-1, 1, text_BD.numel(), dtype=text_BD.dtype).view_as(text_BD)
+    torch.autograd.backward((text_BD * weights_BD).sum())
     return text_BD.detach(), {
         name: value.grad for name, value in model.named_parameters() if value.grad is not None
     }
