@@ -33,6 +33,7 @@ def _run(arguments: argparse.Namespace) -> int:
         ok = all(check.status != "fail" for check in found)
         told = {
             "ok": ok,
+            "machine": dataclasses.asdict(diagnosis.machine),
             "checks": [dataclasses.asdict(check) for check in found],
             "choices": [dataclasses.asdict(choice) for choice in diagnosis.choices],
         }

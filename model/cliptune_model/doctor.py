@@ -93,7 +93,7 @@ Answer = tuple[Status, str]
 
 
 class Diagnosis:
-    """One look at this machine. Read `checks` to their end; then `choices` are known.
+    """One look at this machine. Read `checks` to their end; then `choices` and `machine` are known.
 
     Args:
         home: where proofs are kept.
@@ -103,6 +103,7 @@ class Diagnosis:
     def __init__(self, home: Path, wanted_device: str = "auto") -> None:
         self._home, self._wanted = home, wanted_device
         self.choices: tuple[Choice, ...] = ()
+        self.machine = host()
 
     def checks(self) -> Iterator[Check]:
         """Every check in order, each yielded as soon as it is done."""
@@ -130,15 +131,15 @@ class Diagnosis:
         yield _check("device", choose)
         if not chosen:
             return
-        machine: list[Machine] = []
 
         def look() -> Answer:
-            machine.append(detect(chosen[0].value))
-            return _machine(machine[0])
+            self.machine = detect(chosen[0].value)
+            return _machine(self.machine)
 
-        yield _check("machine", look)
-        if machine:
-            yield from self._prove(chosen[0], machine[0])
+        machine = _check("machine", look)
+        yield machine
+        if machine.status != "fail":
+            yield from self._prove(chosen[0], self.machine)
         yield from _whole_models(chosen[0].value)
 
     def _prove(self, device: Choice, machine: Machine) -> Iterator[Check]:

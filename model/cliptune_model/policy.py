@@ -7,13 +7,15 @@ here, so the policy of every machine can be looked at on any.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from cliptune_model.choice import Choice
 from cliptune_model.fit import Wishes, fit, gib
 from cliptune_model.hardware import Machine
-from cliptune_model.process import prepare_process, watermarks
+from cliptune_model.process import prepare_process
 from cliptune_model.proofs import UNKNOWN, Proofs
 from cliptune_model.rules import (
     ATTENTIONS,
@@ -135,6 +137,7 @@ def decide(
     proofs: Proofs = UNKNOWN,
     *,
     free_bytes: int | None = None,
+    environment: Mapping[str, str] = os.environ,
 ) -> Policy:
     """Every choice for this workload on this device.
 
@@ -145,11 +148,13 @@ def decide(
         workload: the step.
         proofs: of doctor.
         free_bytes: what the device has free at this moment; None: the machine's own size decides.
+        environment: of the process; limits of Apple's allocator that were set there are kept to.
 
     Raises:
         InvalidInputError: a precision that the device lacks, or that doctor found broken, with the way out.
     """
-    budget = _memory_budget(machine, wishes, free_bytes)
+    marks = prepare_process(machine.accelerator, machine, dict(environment))
+    budget = _memory_budget(machine, wishes, free_bytes, marks)
     limit = longest_sum(machine, proofs)
     cap = _max_micro_batch(limit, workload)
     shape = fit(machine, wishes, workload, proofs, int(budget.value), cap)
@@ -162,7 +167,7 @@ def decide(
         micro_batch_size=shape.micro_batch_size,
         max_micro_batch=cap,
         memory_budget=budget,
-        watermarks=prepare_process(machine.accelerator, machine, {}),
+        watermarks=marks,
         fused_optimizer=choose_fused_optimizer(machine, proofs, scaled=scaled),
         compile=choose_compile(wishes.compile, machine, total_steps=workload.total_steps),
         threads=choose_threads(wishes.threads, machine),
@@ -190,16 +195,21 @@ def _max_micro_batch(limit: Choice, workload: Workload) -> Choice:
     return Choice(subject="max_micro_batch", value=str(pairs), reason=reason)
 
 
-def _memory_budget(machine: Machine, wishes: Wishes, free_bytes: int | None) -> Choice:
-    if wishes.memory_bytes is not None:
-        return Choice(subject="memory_budget", value=str(wishes.memory_bytes), reason="asked for")
+def _memory_budget(machine: Machine, wishes: Wishes, free_bytes: int | None, marks: Choice) -> Choice:
     if machine.accelerator == "mps":
-        share, whole, what = watermarks(machine)[0], machine.gpu_memory_bytes, "what Metal recommends to use"
+        # No limit to torch, 0, would still be one to the Mac.
+        share = min(float(marks.value.partition("/")[0]) or 1.0, 1.0)
+        whole, what = machine.gpu_memory_bytes, "what Metal recommends to use"
     elif machine.accelerator == "cuda":
         share, whole, what = _CUDA_SHARE, machine.gpu_memory_bytes, "the GPU's memory"
     else:
         share, whole, what = _CPU_SHARE, machine.memory_bytes, "the memory"
         what += " that the container leaves" if machine.container else ""
+    wanted_bytes = wishes.memory_bytes
+    if wanted_bytes is not None and wanted_bytes <= whole:
+        return Choice(subject="memory_budget", value=str(wanted_bytes), reason="asked for")
+    if wanted_bytes is not None:
+        what = f"{what} ({gib(wanted_bytes)} were asked for)"
     budget_bytes = int(whole * share)
     if free_bytes is not None and free_bytes * share < budget_bytes:
         budget_bytes, what, whole = int(free_bytes * share), f"what is free of {what}", free_bytes

@@ -47,11 +47,8 @@ def prepare_process(
         )
     high, low = watermarks(machine)
     given_high, given_low = _ratio(environment, HIGH), _ratio(environment, LOW)
-    if given_high is None and given_low is None:
-        reason = (
-            f"{machine.memory_bytes / GIB:.0f} GiB of RAM; torch's own limit would swap instead of failing"
-        )
-    else:
+    reason = f"{machine.memory_bytes / GIB:.0f} GiB of RAM; torch's own limit would swap instead of failing"
+    if (given_high, given_low) not in ((None, None), (high, low)):
         reason = f"{HIGH if given_high is not None else LOW} is set"
         # 0 means no limit to torch.
         high = given_high if given_high is not None else max(high, given_low or 0.0)
@@ -61,7 +58,7 @@ def prepare_process(
                 f"{LOW} = {low:g} is above {HIGH} = {high:g}: torch refuses that; unset both"
             )
     environment[HIGH], environment[LOW] = f"{high:g}", f"{low:g}"
-    return Choice(subject="watermarks", value=f"{high:.2g}/{low:.2g}", reason=reason)
+    return Choice(subject="watermarks", value=f"{high:.3g}/{low:.3g}", reason=reason)
 
 
 def _ratio(environment: MutableMapping[str, str], name: str) -> float | None:

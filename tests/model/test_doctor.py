@@ -49,6 +49,7 @@ def test_on_this_machine_every_proof_holds_and_its_difference_is_told(
     assert all(checks[name]["status"] == "ok" for name in NAMES[len(LOOKED_AT) :])
     assert "relative difference" in checks["gradients"]["reason"]
     assert torch.__version__.split("+")[0] in checks["packages"]["reason"]
+    assert report["machine"]["torch_version"] == torch.__version__.split("+")[0]
     choices = {choice["subject"]: choice for choice in report["choices"]}
     assert choices["threads"]["value"].isdigit()
     assert {"ViT-B/32 precision", "ViT-L/14 micro_batch_size", "ViT-B/16 attention"} <= set(choices)

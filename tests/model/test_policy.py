@@ -75,7 +75,8 @@ def policy(
 ) -> Policy:
     device = Choice(subject="device", value=machine.accelerator, reason="a GPU is here")
     workload = WORKLOADS[workload] if isinstance(workload, str) else workload
-    return decide(machine, device, Wishes(**wishes), workload, proofs, free_bytes=free_bytes)  # type: ignore[arg-type]
+    wished = Wishes(**wishes)  # type: ignore[arg-type]
+    return decide(machine, device, wished, workload, proofs, free_bytes=free_bytes, environment={})
 
 
 def broken(*names: str) -> Proofs:
@@ -237,6 +238,9 @@ def test_the_budget_is_what_was_asked_for_or_a_share_of_what_is_there() -> None:
     assert policy(H100, free_bytes=10 * GIB).budget_bytes == 9 * GIB
     assert "free" in policy(H100, free_bytes=10 * GIB).memory_budget.reason
     assert "container" in policy(replace(CPU, container=True)).memory_budget.reason
+    greedy = policy(H100, memory_bytes=200 * GIB)
+    assert greedy.budget_bytes == int(80 * GIB * 0.9)
+    assert "200.0 GiB were asked for" in greedy.memory_budget.reason
     assert 2**26 <= policy(mac(8)).block_bytes <= policy(mac(192)).block_bytes <= 2**30
 
 
@@ -361,6 +365,17 @@ def test_trap_3_what_the_user_set_stays_and_is_made_whole() -> None:
     for wrong in ({HIGH: "much"}, {LOW: "3"}, {HIGH: "0.5", LOW: "0.8"}):
         with pytest.raises(InvalidInputError, match="WATERMARK"):
             prepare_process("mps", mac(16), dict(wrong))
+
+
+def test_trap_3_the_budget_keeps_to_a_limit_that_the_user_set() -> None:
+    device = Choice(subject="device", value="mps", reason="a GPU is here")
+    for given, share in (({HIGH: "0.5"}, 0.5), ({HIGH: "0"}, 1.0), ({HIGH: "1.7", LOW: "1.4"}, 1.0)):
+        made = decide(mac(32), device, Wishes(), WORKLOADS["B/16"], environment=given)
+        assert made.budget_bytes == int(mac(32).gpu_memory_bytes * share)
+        assert "is set" in made.watermarks.reason
+    environment: dict[str, str] = {}
+    first = prepare_process("mps", mac(32), environment)
+    assert prepare_process("mps", mac(32), environment) == first  # its own marks are not the user's
 
 
 def test_trap_3_nothing_is_set_where_there_is_no_such_allocator() -> None:
