@@ -27,6 +27,12 @@ class TrainerJob:
         self.folder = JobFolder(path)
         self._processes: list[subprocess.Popen[bytes]] = []
 
+    def forget(self, part: str, field: str) -> None:
+        """Leaves a field of the spec to its default."""
+        spec = json.loads((self.path / "spec.json").read_text())
+        spec[part].pop(field, None)
+        (self.path / "spec.json").write_text(json.dumps(spec))
+
     def start(
         self, task: str, attempt: int, *, link: str = "", env: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:

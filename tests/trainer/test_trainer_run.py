@@ -131,10 +131,21 @@ def test_preparation_names_bad_rows_in_one_notice_and_the_run_leaves_them_out(
     assert "rows-skipped" not in job.notices(1)
 
 
-def test_fewer_rows_than_a_batch_make_a_smaller_batch_with_a_notice(make_job: MakeJob) -> None:
-    job = make_job(train={"batch_size": 500, "epochs": 1}, model={"name": "cliptune-test-vit"})
+def test_a_batch_of_more_rows_than_there_are_is_refused_with_the_way_out(make_job: MakeJob) -> None:
+    with pytest.raises(SpecError, match=r"train\.batch_size is 500; allowed: at most 54") as caught:
+        prepared(make_job(train={"batch_size": 500}))
+    assert "leave it out" in caught.value.metadata["allowed"]
+
+
+def test_an_unnamed_batch_is_no_larger_than_the_rows(
+    make_job: MakeJob,
+) -> None:
+    job = make_job(train={"epochs": 1})
+    job.forget("train", "batch_size")
     prepared(job)
-    assert "54" in job.notices(0)["batch-size-reduced"]
+    plan = next(event.event.plan for event in job.journal(0) if event.event.HasField("plan"))
+    assert plan.batch_size == 54
+    assert "no more than 54 rows" in {item.subject: item.reason for item in plan.decisions}["batch_size"]
     assert trained(job).outcome == trainer_pb2.OUTCOME_SUCCEEDED
     assert list(job.losses(1)) == [1]
 

@@ -47,12 +47,18 @@ class Inbox:
         """Whether an instruction that ends this attempt is waiting."""
         return bool(self._endings)
 
-    def next(self) -> trainer_pb2.Instruction | None:
-        """The oldest instruction, or None."""
+    def next(self, wait_s: float = 0.0) -> trainer_pb2.Instruction | None:
+        """The oldest instruction, or None when none comes within `wait_s`."""
         try:
-            return self._taken(self._queue.get_nowait())
+            taken = self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
         except queue.Empty:
             return None
+        return self._taken(taken)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is an instruction."""
+        return not self._queue.empty()
 
     def wait(self) -> trainer_pb2.Instruction:
         """The oldest instruction, however long it takes to come."""

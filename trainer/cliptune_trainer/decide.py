@@ -1,20 +1,28 @@
-"""What is settled before the first step: device, precision, batch, length, learning rate, classes.
+"""What is settled before the first step: device, batch, length, learning rate, classes.
 
 Enters: the spec, the data and the model. Leaves: `Decisions`, each automatic one with its reason. Called by
-preparation, which shows them as the plan, and by `run`, which acts on them; both get the same.
+preparation, which shows them as the plan, and by `run`, which acts on them; both get the same. How a step is
+computed on the device is settled next, in `planning`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from cliptune.errors import DataError
+from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.device import Choice, choose_device, choose_precision, choose_threads
+from cliptune_model.device import choose_device, choose_threads
+from cliptune_model.hardware import Machine, detect
+from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
+from cliptune_model.rules import choose_device_by_proofs, choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
 
+USUAL_BATCH_SIZE: Final = 64
 PRETRAINED_LEARNING_RATE: Final = 1e-5
 RANDOM_LEARNING_RATE: Final = 5e-4
 # From here on a pretrained model mostly forgets what it knew.
@@ -23,11 +31,12 @@ FORGETTING_LEARNING_RATE: Final = 1e-4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Hardware:
-    """Where and how the towers compute."""
+    """Where the towers compute, and what `cliptune doctor` proved of it."""
 
     device: Choice
-    precision: Choice
     threads: Choice
+    machine: Machine
+    proofs: Proofs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,27 +64,38 @@ class Decisions:
     remarks: tuple[Remark, ...]
 
 
-def decide_hardware(spec: Spec) -> Hardware:
-    """Device, precision and threads. Raises `InvalidInputError` for a device that is not there."""
+def decide_hardware(spec: Spec, home: Path | None) -> Hardware:
+    """Device and threads.
+
+    Args:
+        spec: the job.
+        home: where doctor keeps its proofs; None: nothing is proved.
+
+    Raises:
+        InvalidInputError: a device that is not there or computes wrongly, or a precision that it lacks.
+    """
     device = choose_device(spec.resources.device)
+    proofs = load_proofs(home, device.value, detect(device.value)) if home else UNKNOWN
+    device = choose_device_by_proofs(device, proofs)
+    machine = detect(device.value)
+    choose_precision(spec.train.precision, machine, proofs)  # refuses at once what is not to be had
     return Hardware(
-        device=device,
-        precision=choose_precision(spec.train.precision, device.value),
-        threads=choose_threads(spec.resources.threads),
+        device=device, threads=choose_threads(spec.resources.threads), machine=machine, proofs=proofs
     )
 
 
 def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Decisions:
-    """Settles the rest. Raises `SpecError` when no label of the data is among the spec's classes."""
+    """Settles the rest.
+
+    Raises:
+        SpecError: a batch of more rows than there are, or no label of the data is among the spec's classes.
+        DataError: fewer than two rows to train on.
+    """
     remarks = _about_data(spec, dataset)
-    choices = [hardware.device, hardware.precision, hardware.threads]
+    choices = [hardware.device, hardware.threads]
 
     rows = len(dataset.train)
-    batch_size = min(spec.train.batch_size, rows)
-    if batch_size < spec.train.batch_size:
-        reason = f"only {rows} rows to train on, fewer than train.batch_size = {spec.train.batch_size}"
-        choices.append(Choice(subject="batch_size", value=str(batch_size), reason=reason))
-        remarks.append(Remark(code="batch-size-reduced", message=f"batches of {batch_size} pairs: {reason}"))
+    batch_size = _batch_size(spec.train.batch_size, rows, choices)
     steps_per_epoch = rows // batch_size
     total_steps = steps_per_epoch * spec.train.epochs
     if spec.train.max_steps is not None:
@@ -121,6 +141,20 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         choices=tuple(choices),
         remarks=tuple(remarks),
     )
+
+
+def _batch_size(wanted: int | None, rows: int, choices: list[Choice]) -> int:
+    if rows < 2:
+        raise DataError(f"{rows} rows to train on: a contrastive batch needs at least 2")
+    if wanted is None:
+        reason = "the usual one" if rows >= USUAL_BATCH_SIZE else f"there are no more than {rows} rows"
+        value = min(USUAL_BATCH_SIZE, rows)
+        choices.append(Choice(subject="batch_size", value=str(value), reason=reason))
+        return value
+    if wanted > rows:
+        allowed = f"at most {rows}, the rows to train on; or leave it out, or train on more rows"
+        raise wrong("train.batch_size", str(wanted), allowed)
+    return wanted
 
 
 def _about_data(spec: Spec, dataset: Dataset) -> list[Remark]:

@@ -46,6 +46,11 @@ class JobFolder:
         except json_format.ParseError as error:
             raise SpecError(f"the spec cannot be read: {error}", path="spec.json") from error
 
+    @property
+    def home(self) -> Path | None:
+        """Where the daemon keeps everything; None: the folder is not one of a home's."""
+        return self.path.parent.parent if self.path.parent.name == "jobs" else None
+
     def journal(self, attempt: int) -> Path:
         """Where an attempt keeps its journal."""
         return self.path / "journal" / f"{attempt:04d}.jsonl"

@@ -8,8 +8,10 @@ whatever it is told, it does there.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -19,7 +21,6 @@ from cliptune.errors import (
     CliptuneError,
     DiskFullError,
     InvalidInputError,
-    JobStateError,
 )
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.tracing import tracer
@@ -27,9 +28,9 @@ from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.device import device_memory_bytes
 from cliptune_trainer.checkpoint import TrainingState, random_state, restore_random_state, save_checkpoint
-from cliptune_trainer.commands import Inbox, command_name
+from cliptune_trainer.commands import Inbox
 from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.data.loader import Loader
+from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.decide import Decisions
 from cliptune_trainer.evaluation import EvaluationInterrupted, evaluate
@@ -37,20 +38,30 @@ from cliptune_trainer.events import Reporter
 from cliptune_trainer.export import export
 from cliptune_trainer.hold import Ending, attempt_write, hold
 from cliptune_trainer.job import JobFolder
-from cliptune_trainer.losses import LOSSES
-from cliptune_trainer.optim import build_optimizer, load_state_tensors, state_tensors
+from cliptune_trainer.orders import Orders
 from cliptune_trainer.pace import Pace
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.planning import Execution
 from cliptune_trainer.schedule import PeakHistory, Schedule
 from cliptune_trainer.spec import Spec, check_learning_rate
-from cliptune_trainer.step import Step, StepResult
+from cliptune_trainer.step import StepInFlight, StepResult
+from cliptune_trainer.stepping import Stepper
 
 _log = logging.getLogger(__name__)
-# Steps in a row whose loss or gradient may be no finite number. fp16's scaler needs a few at its start.
+# Steps in a row whose loss or gradient may be no finite number. fp16's scale may need some at its start.
 MAX_SKIPPED_IN_ROW: Final = 10
 # Rows that go bad while training are told one by one up to here.
 _MAX_ROW_NOTICES: Final = 10
 _OPTIMIZER: Final = "optimizer/"
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    """A step that the device has been given; `step` counts from 1."""
+
+    flight: StepInFlight
+    step: int
+    learning_rate: float
+    micro_batch_size: int
 
 
 class Training:
@@ -62,6 +73,7 @@ class Training:
         dataset: its rows.
         clip: the model, on its device, with the weights of `state` if there is one.
         decisions: what the spec left open.
+        execution: how a step is computed.
         state: the checkpoint to go on from; None: from the first step.
         reporter: takes the events.
         inbox: gives the instructions.
@@ -76,6 +88,7 @@ class Training:
         dataset: Dataset,
         clip: Clip,
         decisions: Decisions,
+        execution: Execution,
         state: TrainingState | None,
         reporter: Reporter,
         inbox: Inbox,
@@ -83,6 +96,7 @@ class Training:
     ) -> None:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
+        self._execution = execution
         self._total_steps, self._steps_per_epoch = decisions.total_steps, decisions.steps_per_epoch
         counters = state.counters if state else {}
         self._step = state.step if state else 0
@@ -90,6 +104,7 @@ class Training:
         self._evaluated_step = int(counters.get("evaluated_step", -1))
         self._metrics: dict[str, float] = counters.get("metrics", {})
         self._skipped_in_row = int(counters.get("skipped_in_row", 0))
+        self._skipped_steps = int(counters.get("skipped_steps", 0))
         self._initial_peak = float(counters.get("initial_peak", decisions.learning_rate))
         self._peaks = PeakHistory(job.learning_rates, self._initial_peak)
         self._schedule = Schedule(
@@ -97,16 +112,18 @@ class Training:
             total_steps=self._total_steps,
             warmup_fraction=spec.train.warmup_fraction,
         )
-        self._precision = Precision(decisions.hardware.precision.value, clip.device.type)
-        self._optimizer = build_optimizer(
-            clip.model,
+        self._stepper = Stepper(
+            spec,
+            clip,
+            execution,
+            batch_size=decisions.batch_size,
             learning_rate=decisions.learning_rate,
-            weight_decay=spec.train.weight_decay,
-            scaled=self._precision.scaler is not None,
+            reporter=reporter,
         )
-        self._take_step = Step(
-            clip, LOSSES[spec.loss], self._optimizer, self._precision, clip_norm=spec.train.clip_norm
-        )
+        # On CUDA the host is a step ahead of the device, which so never waits for it.
+        self._runs_ahead = clip.device.type == "cuda"
+        self._under_way: _UnderWay | None = None
+        self._orders = Orders(inbox, reporter, self)
         self._loader = Loader(
             dataset.train,
             clip,
@@ -132,7 +149,9 @@ class Training:
         with self._loader, self._epoch_span:
             batches = self._loader.batches(self._step, self._total_steps)
             while True:
-                if ending := self._obey():
+                if self._standstill_due():
+                    self.settle()
+                if ending := self._orders.obey():
                     return ending
                 if (occasion := self._evaluation_due()) and not self._evaluate(occasion):
                     continue  # it gave way to an instruction
@@ -141,10 +160,17 @@ class Training:
                 if self._step == self._total_steps:
                     break
                 self._begin_step()
-                batch = next(batches)
-                result = self._take_step(batch, self._learning_rate())
-                self._end_step(result)
+                self._launch(next(batches))
         return self._export()
+
+    def _standstill_due(self) -> bool:
+        """Whether something is done before the next step that needs the last one's outcome."""
+        return (
+            self._step == self._total_steps
+            or self._inbox.waiting
+            or self._evaluation_due() is not None
+            or self._checkpoint_due()
+        )
 
     def _learning_rate(self) -> float:
         return self._peaks.at(self._step) * self._schedule.share(self._step)
@@ -157,42 +183,67 @@ class Training:
             span = tracer().start_as_current_span("train.epoch", attributes={"epoch": epoch})
             self._epoch_span.enter_context(span)
 
-    def _end_step(self, result: StepResult) -> None:
+    def _launch(self, batch: Batch) -> None:
         learning_rate = self._learning_rate()
+        flight = self._stepper.launch(batch, learning_rate)
+        self.settle()  # the step before
         self._step += 1
+        self._under_way = _UnderWay(flight, self._step, learning_rate, self._stepper.micro_batch_size)
+        if not self._runs_ahead:
+            self.settle()
+
+    def settle(self) -> None:
+        """Waits for the step that is under way, and tells of it."""
+        done, self._under_way = self._under_way, None
+        if done is None:
+            return
+        result = done.flight.result()
         self._pace.step_done()
         if result.skipped:
-            self._on_skipped(result)
+            self._on_skipped(done.step, result)
             return
         self._skipped_in_row = 0
-        if self._step % self._spec.train.progress_every_steps and self._step != self._total_steps:
+        if done.step % self._spec.train.progress_every_steps and done.step != self._total_steps:
             return
         self._reporter.progress(
             job_pb2.Progress(
-                step=self._step,
+                step=done.step,
                 total_steps=self._total_steps,
-                epoch=self._step / self._steps_per_epoch,
+                epoch=done.step / self._steps_per_epoch,
                 loss=result.loss,
-                learning_rate=learning_rate,
+                learning_rate=done.learning_rate,
                 logit_scale=result.logit_scale,
                 gradient_norm=result.gradient_norm,
                 samples_per_second=self._pace.samples_per_second(),
                 device_memory_bytes=device_memory_bytes(str(self._clip.device)),
-                eta_seconds=self._pace.eta_s(self._total_steps - self._step),
+                eta_seconds=self._pace.eta_s(self._total_steps - done.step),
+                micro_batch_size=done.micro_batch_size,
+                loss_scale=result.loss_scale,
+                skipped_steps=self._skipped_steps,
             )
         )
 
-    def _on_skipped(self, result: StepResult) -> None:
+    def _on_skipped(self, step: int, result: StepResult) -> None:
         self._skipped_in_row += 1
-        what = "loss" if result.loss != result.loss or abs(result.loss) == float("inf") else "gradient"
+        self._skipped_steps += 1
+        what = "gradient" if math.isfinite(result.loss) else "loss"
+        where = f": {result.culprit}" if result.culprit else ""
         if self._skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise InvalidInputError(
                 f"the {what} was no finite number in {self._skipped_in_row} steps in a row, up to step"
-                f" {self._step}: lower train.learning_rate, or use train.precision = 'fp32'",
-                step=self._step,
+                f" {step}{where}; lower train.learning_rate, or use train.precision = 'fp32'",
+                step=step,
             )
+        if result.loss_scale and not where:
+            self._reporter.notice(
+                "step-skipped",
+                f"step {step}: a gradient is too large for fp16 at a loss scale of {result.loss_scale:g};"
+                " no weight was changed, and the scale is lowered",
+                warning=False,
+            )
+            return
         self._reporter.notice(
-            "step-skipped", f"step {self._step}: the {what} is no finite number; no weight was changed"
+            "step-skipped", f"step {step}: the {what} is no finite number; no weight was changed{where}"
         )
 
     # -- evaluation
@@ -243,7 +294,7 @@ class Training:
         every = self._spec.checkpoint.every_steps or self._steps_per_epoch
         return self._step % every == 0 or self._step == self._total_steps
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Writes a checkpoint and tells of it."""
         with tracer().start_as_current_span("checkpoint", attributes={"step": self._step}):
             size_bytes = save_checkpoint(
@@ -257,47 +308,40 @@ class Training:
         self._reporter.checkpoint(self._step, size_bytes)
 
     def _save_or_hold(self) -> Ending | None:
-        error = attempt_write(self._save)
-        return self._hold(error, self._save) if error else None
+        error = attempt_write(self.save)
+        return self._hold(error, self.save) if error else None
 
     def _hold(self, error: DiskFullError, write: Callable[[], None]) -> Ending | None:
         if not self._linked:
             raise error
-        return hold(self._inbox, self._reporter, error, write=write, save=self._save)
+        return hold(self._inbox, self._reporter, error, write=write, save=self.save)
 
     def _state(self) -> TrainingState:
         values, tensors = random_state(self._clip.device)
-        scaler = self._precision.scaler
-        optimizer = {
-            _OPTIMIZER + name: tensor.detach().cpu().contiguous()
-            for name, tensor in state_tensors(self._optimizer).items()
-        }
+        stepper = self._stepper.state()
         return TrainingState(
             step=self._step,
             counters={
                 "evaluated_step": self._evaluated_step,
                 "metrics": self._metrics,
                 "skipped_in_row": self._skipped_in_row,
+                "skipped_steps": self._skipped_steps,
                 "initial_peak": self._initial_peak,
                 "bad_rows": sorted(self._loader.bad_rows),
                 "threads": torch.get_num_threads(),
                 "random": values,
-                "scaler": scaler.state_dict() if scaler else None,
+                **stepper.values,
             },
-            tensors=optimizer | tensors,
+            tensors={_OPTIMIZER + name: tensor for name, tensor in stepper.tensors.items()} | tensors,
         )
 
     def _restore(self, state: TrainingState) -> None:
-        load_state_tensors(
-            self._optimizer,
-            {
-                name.removeprefix(_OPTIMIZER): tensor
-                for name, tensor in state.tensors.items()
-                if name.startswith(_OPTIMIZER)
-            },
-        )
-        if self._precision.scaler is not None and state.counters["scaler"] is not None:
-            self._precision.scaler.load_state_dict(state.counters["scaler"])
+        optimizer = {
+            name.removeprefix(_OPTIMIZER): tensor
+            for name, tensor in state.tensors.items()
+            if name.startswith(_OPTIMIZER)
+        }
+        self._stepper.restore(state.counters, optimizer)
         restore_random_state(self._clip.device, state.counters["random"], state.tensors)
 
     def _export(self) -> Ending:
@@ -310,53 +354,30 @@ class Training:
 
     def _write_export(self) -> None:
         self._clip.model.eval()
-        export(self._job, self._clip, precision=self._precision.name, metrics=self._metrics)
+        export(self._job, self._clip, precision=self._execution.precision, metrics=self._metrics)
 
-    # -- instructions
-    # ----------------------------------------------------------------------------------------------
+    # -- what it can be told
+    # ---------------------------------------------------------------------------------------
 
-    def _obey(self) -> Ending | None:
-        """Carries out what waits in the inbox; the attempt's end if that was asked for."""
-        while (instruction := self._inbox.next()) is not None:
-            name = command_name(instruction)
-            if name == "suspend":
-                return self._suspend()
-            error = self._carry_out(name, instruction)
-            self._reporter.command_done(instruction.command_id, name, error)
-            if isinstance(error, DiskFullError) and name in ("pause", "checkpoint"):
-                if ending := self._hold(error, self._save):
-                    return ending
-            elif error is None and name == "pause":
-                return Ending(outcome=trainer_pb2.OUTCOME_PAUSED)
-            elif error is None and name == "cancel":
-                return Ending(outcome=trainer_pb2.OUTCOME_CANCELLED)
+    @property
+    def saved(self) -> bool:
+        """The newest checkpoint is of this step."""
+        return self._saved_step == self._step
+
+    def hold(self, error: DiskFullError) -> Ending | None:
+        """Stands still because the disk has no room for a checkpoint; None: there was room again."""
+        return self._hold(error, self.save)
+
+    def evaluate_now(self) -> CliptuneError | None:
+        """Measures because someone asked; returns why it could not."""
+        if not len(self._dataset.validation):
+            return InvalidInputError("the job has no validation rows to evaluate on")
+        if not self._evaluate("requested"):
+            return CancelledError("the evaluation gave way to the end of the run")
         return None
 
-    def _suspend(self) -> Ending:
-        if self._saved_step != self._step and (error := attempt_write(self._save)):
-            self._reporter.notice(
-                "checkpoint-failed",
-                f"{error.message}: the steps since the last checkpoint are repeated later",
-            )
-        return Ending(outcome=trainer_pb2.OUTCOME_SUSPENDED)
-
-    def _carry_out(self, name: str, instruction: trainer_pb2.Instruction) -> CliptuneError | None:
-        """Does what can be done and the run goes on after; returns why not."""
-        if name in ("pause", "checkpoint"):
-            return attempt_write(self._save)
-        if name == "cancel":
-            return None
-        if name == "evaluate":
-            if not len(self._dataset.validation):
-                return InvalidInputError("the job has no validation rows to evaluate on")
-            if not self._evaluate("requested"):
-                return CancelledError("the evaluation gave way to the end of the run")
-            return None
-        if name == "set_learning_rate":
-            return self._set_learning_rate(instruction.command.set_learning_rate.learning_rate)
-        return JobStateError(f"the job is RUNNING: it cannot {name or 'do what was asked'}", state="RUNNING")
-
-    def _set_learning_rate(self, learning_rate: float) -> CliptuneError | None:
+    def set_learning_rate(self, learning_rate: float) -> CliptuneError | None:
+        """Changes the peak from this step on; returns why it could not."""
         try:
             check_learning_rate(learning_rate, "learning_rate")
         except CliptuneError as error:

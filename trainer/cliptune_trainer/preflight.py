@@ -14,28 +14,27 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from torch import Tensor
 
 from cliptune.durable import write_atomically
+from cliptune.errors import OverloadedError
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_trainer.data.dataset import Dataset, read_dataset
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.job import JobFolder
-from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.optim import build_optimizer
+from cliptune_trainer.planning import Execution, Planner
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
-from cliptune_trainer.step import Step, contrastive_loss
+from cliptune_trainer.step import Step, StepOutOfMemoryError
 
 # The timed step is a small one, scaled up: preparation must not take long.
 _TIMED_PAIRS: Final = 16
-# fp32 weight, gradient and Adam's two moments.
-_BYTES_PER_PARAMETER: Final = 16
 # A forward pass without gradients against a whole step.
 _FORWARD_SHARE: Final = 1 / 3
 
@@ -44,7 +43,7 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
     """Checks everything and journals notices and the plan. Raises a `CliptuneError` for what is wrong."""
     with tracer().start_as_current_span("prepare.spec"):
         spec = job.spec()
-        hardware = decide_hardware(spec)
+        hardware = decide_hardware(spec, job.home)
         torch.set_num_threads(int(hardware.threads.value))
     with tracer().start_as_current_span("prepare.data"):
         dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, cache=job.path)
@@ -52,17 +51,23 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
     with tracer().start_as_current_span("prepare.model"):
         clip = build(spec.model, seed=spec.train.seed)
         decisions = decide(spec, hardware, dataset, clip)
+    with tracer().start_as_current_span("prepare.memory"):
+        on_cpu = hardware.device.value == "cpu"
+        planner = Planner(spec, hardware, decisions, dataset, clip, PlanCache(job.home), on_device=on_cpu)
+        execution = planner.plan()
     with tracer().start_as_current_span("prepare.measure"):
-        memory_bytes, step_s = _try_out(spec, dataset, clip, decisions)
+        # Another device is left alone: another job may be at work there.
+        step_s = _try_out(spec, dataset, clip, decisions, execution) if on_cpu else 0.0
     for remark in decisions.remarks:
         reporter.notice(remark.code, remark.message, warning=remark.warning)
-    reporter.plan(_plan(spec, dataset, clip, decisions, memory_bytes, step_s))
+    reporter.plan(_plan(spec, dataset, clip, decisions, execution, step_s))
 
 
 def _plan(
-    spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, memory_bytes: int, step_s: float
+    spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, execution: Execution, step_s: float
 ) -> job_pb2.JobPlan:
     """`step_s` is of a whole batch on the CPU."""
+    plan = execution.plan
     seconds = 0.0
     if decisions.hardware.device.value == "cpu":
         epochs = decisions.total_steps // decisions.steps_per_epoch
@@ -74,7 +79,7 @@ def _plan(
     captions = {pair.caption for pair in dataset.train.pairs + dataset.validation.pairs}
     return job_pb2.JobPlan(
         device=decisions.hardware.device.value,
-        precision=decisions.hardware.precision.value,
+        precision=execution.precision,
         train_samples=len(dataset.train),
         validation_samples=len(dataset.validation),
         distinct_captions=len(captions),
@@ -83,26 +88,28 @@ def _plan(
         steps_per_epoch=decisions.steps_per_epoch,
         total_steps=decisions.total_steps,
         parameters=sum(parameter.numel() for parameter in clip.model.parameters()),
-        estimated_memory_bytes=memory_bytes,
+        estimated_memory_bytes=plan.estimated_bytes,
         estimated_seconds=seconds,
         decisions=[
             job_pb2.Decision(subject=choice.subject, choice=choice.value, reason=choice.reason)
-            for choice in decisions.choices
+            for choice in (*decisions.choices, *execution.choices)
         ],
         bad_rows=len(dataset.bad),
+        micro_batch_size=plan.micro_batch_size,
+        attention=plan.attention,
+        checkpointing=plan.checkpointing,
+        memory_budget_bytes=plan.budget_bytes,
     )
 
 
-def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions) -> tuple[int, float]:
-    """Bytes of a step at the full batch size, and its seconds on the CPU: from two small steps on real rows.
-
-    Trains `clip`, which is thrown away.
-    """
-    pairs = min(decisions.batch_size, _TIMED_PAIRS)
+def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, execution: Execution) -> float:
+    """Seconds of a step of the whole batch, from two small ones on real rows. Trains `clip`, which is thrown
+    away."""
+    pairs = min(decisions.batch_size, execution.plan.micro_batch_size, _TIMED_PAIRS)
     scale = decisions.batch_size / pairs
-    precision = Precision("fp32", "cpu")
     optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=spec.train.weight_decay)
-    step = Step(clip, LOSSES[spec.loss], optimizer, precision, clip_norm=spec.train.clip_norm)
+    precision = Precision(execution.precision, clip.device)
+    step = Step(clip, execution.loss(spec.loss), optimizer, precision, clip_norm=spec.train.clip_norm)
     clip.model.train()
     with Loader(
         dataset.train,
@@ -113,28 +120,13 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions) -> 
         max_bad=len(dataset.train),
     ) as loader:
         first, second = loader.batches(0, 2) if loader.steps_per_epoch > 1 else [*loader.batches(0, 1)] * 2
-    activations = _activation_bytes(clip, spec, precision, first)
-    if decisions.hardware.precision.value != "fp32":
-        activations //= 2
-    step(first, 0.0)  # allocates the optimizer's state
-    began = time.perf_counter()
-    step(second, 0.0)
-    step_s = (time.perf_counter() - began) * scale
-    parameters = sum(parameter.numel() for parameter in clip.model.parameters())
-    return round(parameters * _BYTES_PER_PARAMETER + activations * scale), step_s
-
-
-def _activation_bytes(clip: Clip, spec: Spec, precision: Precision, batch: Batch) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass, weights not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in clip.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        contrastive_loss(clip, LOSSES[spec.loss], precision, batch)
-    return sum(kept.values())
+    try:
+        step(first, 0.0)  # allocates the optimizer's state
+        began = time.perf_counter()
+        step(second, 0.0)
+    except StepOutOfMemoryError as error:
+        raise OverloadedError(
+            f"a step of {pairs} pairs does not fit in the memory that is free now ({error}): try again when"
+            " more is free, or choose a smaller model"
+        ) from error
+    return (time.perf_counter() - began) * scale

@@ -16,19 +16,22 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
-from cliptune_trainer.data.dataset import load_findings, read_dataset
+from cliptune_trainer.data.dataset import Dataset, load_findings, read_dataset
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.decide import decide, decide_hardware
+from cliptune_trainer.decide import Decisions, Hardware, decide, decide_hardware
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.hold import Ending
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.loop import Training
+from cliptune_trainer.memory.cache import PlanCache
+from cliptune_trainer.planning import Execution, Planner
+from cliptune_trainer.spec import Spec
 
 
 def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> Ending:
     """Trains the job. Raises a `CliptuneError` for what cannot be trained; anything else is a crash."""
     spec = job.spec()
-    hardware = decide_hardware(spec)
+    hardware = decide_hardware(spec, job.home)
     device = hardware.device.value
     known = load_findings(job.findings)
     dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, known=known, cache=job.path)
@@ -44,20 +47,44 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         reporter.notice(
             "data-changed", "the data files are not the ones that were prepared; they were read anew"
         )
+    execution = plan_execution(job, spec, hardware, decisions, dataset, clip, state)
     where = f"goes on after step {state.step} of" if state else "begins:"
-    reporter.milestone(f"training {where} {decisions.total_steps} steps on {device}")
+    reporter.milestone(
+        f"training {where} {decisions.total_steps} steps on {device} in {execution.precision}:"
+        f" {decisions.batch_size} pairs a step, {execution.plan.micro_batch_size} at once"
+        f" ({execution.plan.source}), attention {execution.plan.attention}, checkpointing"
+        f" {'on' if execution.plan.checkpointing else 'off'}"
+    )
     training = Training(
         job=job,
         spec=spec,
         dataset=dataset,
         clip=clip,
         decisions=decisions,
+        execution=execution,
         state=state,
         reporter=reporter,
         inbox=inbox,
         linked=linked,
     )
     return training.run()
+
+
+def plan_execution(
+    job: JobFolder,
+    spec: Spec,
+    hardware: Hardware,
+    decisions: Decisions,
+    dataset: Dataset,
+    clip: Clip,
+    state: TrainingState | None,
+) -> Execution:
+    """As the checkpoint says, so that the rest of the run is computed as its beginning was; or anew."""
+    stored = state.counters.get("execution") if state else None
+    if stored is not None and stored["device"] != clip.device.type:
+        stored = None
+    planner = Planner(spec, hardware, decisions, dataset, clip, PlanCache(job.home), on_device=True)
+    return planner.plan(stored)
 
 
 def _newest_checkpoint(job: JobFolder, device: str, reporter: Reporter) -> tuple[Clip, TrainingState] | None:

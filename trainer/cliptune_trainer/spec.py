@@ -15,12 +15,14 @@ from typing import Final
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
 from cliptune_model.source import MAX_CONTEXT, ModelSource
-from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.losses import LOSSES, TILINGS
 from cliptune_trainer.schedule import SHAPES
 
 AUGMENTATIONS: Final = ("none", "flip", "crop")
 DECODES: Final = ("auto", "exact", "fast")
 PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16")
+ATTENTIONS: Final = ("auto", "sdpa", "sliced", "chunked")
+SWITCHES: Final = ("auto", "on", "off")
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -59,7 +61,7 @@ class TrainConfig:
 
     epochs: int = 5
     max_steps: int | None = None
-    batch_size: int = 64
+    batch_size: int | None = None  # 64, or all rows where there are fewer
     learning_rate: float | None = None  # chosen by whether the weights are pretrained
     weight_decay: float = 0.1
     warmup_fraction: float = 0.1
@@ -68,12 +70,17 @@ class TrainConfig:
     precision: str = "auto"
     seed: int = 0
     progress_every_steps: int = 1
+    attention: str = "auto"
+    checkpointing: str = "auto"
+    micro_batch_size: int | None = None  # as large as fits
+    compile: str = "auto"
 
     def __post_init__(self) -> None:
         _within("train.epochs", self.epochs, 1, 100_000)
         if self.max_steps is not None:
             _within("train.max_steps", self.max_steps, 1, 2**53)
-        _within("train.batch_size", self.batch_size, 2, 1_048_576)
+        if self.batch_size is not None:
+            _within("train.batch_size", self.batch_size, 2, 1_048_576)
         if self.learning_rate is not None:
             check_learning_rate(self.learning_rate)
         _within("train.weight_decay", self.weight_decay, 0.0, 10.0)
@@ -82,6 +89,11 @@ class TrainConfig:
         _within("train.clip_norm", self.clip_norm, 0.0, math.inf)
         _one_of("train.precision", self.precision, PRECISIONS)
         _within("train.progress_every_steps", self.progress_every_steps, 1, 1_000_000)
+        _one_of("train.attention", self.attention, ATTENTIONS)
+        _one_of("train.checkpointing", self.checkpointing, SWITCHES)
+        if self.micro_batch_size is not None:
+            _within("train.micro_batch_size", self.micro_batch_size, 1, 1_048_576)
+        _one_of("train.compile", self.compile, SWITCHES)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,12 +143,20 @@ class ResourceConfig:
 
     device: str = "auto"
     threads: int | None = None
+    memory_gib: float | None = None  # what is free, less a reserve
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
             raise wrong("resources.device", repr(self.device), "auto, cpu, mps, cuda, cuda:N")
         if self.threads is not None:
             _within("resources.threads", self.threads, 1, 4096)
+        if self.memory_gib is not None:
+            _within("resources.memory_gib", self.memory_gib, 0.125, 65_536)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What the job may use of the device."""
+        return None if self.memory_gib is None else int(self.memory_gib * 2**30)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,12 +168,14 @@ class Spec:
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: str = "infonce"
+    tiling: str = "auto"
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
 
     def __post_init__(self) -> None:
         _one_of("loss.name", self.loss, tuple(LOSSES))
+        _one_of("loss.tiling", self.tiling, TILINGS)
 
 
 def from_proto(message: spec_pb2.JobSpec) -> Spec:
@@ -181,7 +203,7 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
         train=TrainConfig(
             epochs=train.epochs if train.HasField("epochs") else 5,
             max_steps=train.max_steps if train.HasField("max_steps") else None,
-            batch_size=train.batch_size if train.HasField("batch_size") else 64,
+            batch_size=train.batch_size if train.HasField("batch_size") else None,
             learning_rate=train.learning_rate if train.HasField("learning_rate") else None,
             weight_decay=train.weight_decay if train.HasField("weight_decay") else 0.1,
             warmup_fraction=train.warmup_fraction if train.HasField("warmup_fraction") else 0.1,
@@ -190,8 +212,13 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
             precision=train.precision or "auto",
             seed=train.seed,
             progress_every_steps=train.progress_every_steps if train.HasField("progress_every_steps") else 1,
+            attention=train.attention or "auto",
+            checkpointing=train.checkpointing or "auto",
+            micro_batch_size=train.micro_batch_size if train.HasField("micro_batch_size") else None,
+            compile=train.compile or "auto",
         ),
         loss=message.loss.name or "infonce",
+        tiling=message.loss.tiling or "auto",
         evaluation=EvaluationConfig(
             classes=tuple(
                 ClassConfig(label=entry.label, prompts=tuple(entry.prompts) or (default_prompt(entry.label),))
@@ -207,6 +234,7 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
         resources=ResourceConfig(
             device=resources.device or "auto",
             threads=resources.threads if resources.HasField("threads") else None,
+            memory_gib=resources.memory_gib if resources.HasField("memory_gib") else None,
         ),
     )
 

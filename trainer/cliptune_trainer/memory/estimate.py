@@ -77,7 +77,7 @@ class Estimator:
         precision: str,
         text_tokens: int,
         workload: Workload,
-        recompute: Callable[[Clip], None],
+        recompute: Callable[[Clip], object],
     ) -> None:
         self._device_type, self._precision = device_type, precision
         self._text_tokens, self._workload, self._recompute = text_tokens, workload, recompute
