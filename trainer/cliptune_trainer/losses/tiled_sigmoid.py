@@ -42,10 +42,13 @@ def tiled_sigmoid(
                 value, gradient_MK, bias_gradient = _value_and_gradient(
                     logits_MK, added, tile.own, table.factors
                 )
+                del logits_MK  # before the next tile is made
                 table.add(tile, gradient_MK)
+                del gradient_MK
                 biases.append(bias_gradient)
             else:
                 value = _value(logits_MK, added, tile.own)
+                del logits_MK
             values.append(value)
         total = torch.stack(values).sum() / len(table)
         if not wanted:

@@ -48,6 +48,7 @@ def tiled_infonce(
             _absorb(row_sums, tile.rows, column_sums, tile.columns, logits_MK)
             if tile.own:
                 own_N[tile.rows] = logits_MK.diagonal()
+            del logits_MK  # before the next tile is made
         rows_N, columns_N = _finished(row_sums), _finished(column_sums)
         value = 0.5 * ((rows_N - own_N).mean() + (columns_N - own_N).mean())
         if not wanted:
@@ -56,7 +57,9 @@ def tiled_infonce(
             gradient_MK = _gradient(
                 logits_MK, rows_N[tile.rows], columns_N[tile.columns], tile.own, table.factors
             )
+            del logits_MK
             table.add(tile, gradient_MK)
+            del gradient_MK
         return value, table.gradients(0.5 / len(table))
 
     return differentiable(evaluate, image_ND, text_ND, logit_scale, logit_bias)
@@ -88,6 +91,7 @@ def tiled_multi_positive(
             counts_N[tile.rows] += counts_M
             row_positives_N[tile.rows] += row_positives_M
             column_positives_N[tile.columns] += column_positives_K
+            del logits_MK, same_MK
         rows_N, columns_N = _finished(row_sums), _finished(column_sums)
         value = 0.5 * (
             (rows_N - row_positives_N / counts_N).mean() + (columns_N - column_positives_N / counts_N).mean()
@@ -105,7 +109,9 @@ def tiled_multi_positive(
                 shares_N[tile.columns],
                 table.factors,
             )
+            del logits_MK
             table.add(tile, gradient_MK)
+            del gradient_MK
         return value, table.gradients(0.5 / len(table))
 
     return differentiable(evaluate, image_ND, text_ND, logit_scale, logit_bias)

@@ -79,8 +79,11 @@ class LogitTable:
         """Every tile with its logits [M, K], a tensor of its own that may be overwritten."""
         cuts = spans(len(self), self._block)
         for rows, columns in product(cuts, cuts):
-            logits_MK = self._product(self._scaled_ND[rows], self._text_ND[columns].T)
-            yield Tile(rows=rows, columns=columns), logits_MK
+            # Given away unnamed, so that whoever drops it frees it before the next one is made.
+            yield (
+                Tile(rows=rows, columns=columns),
+                self._product(self._scaled_ND[rows], self._text_ND[columns].T),
+            )
 
     def add(self, tile: Tile, gradient_MK: Tensor) -> None:
         """Adds what a tile's gradient, in `factors`, gives the features. The sum over N stays within a tile:
