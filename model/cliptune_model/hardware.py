@@ -84,7 +84,7 @@ class Machine:
         container: a limit of the container lies below the machine's own.
         rosetta: an Intel Python on Apple silicon.
         torch_version: "2.15.0".
-        cpp_compiler: the one that torch.compile would call.
+        c_compiler, cpp_compiler: the ones that torch.compile would call, for CUDA and for the CPU.
         triton: torch.compile can write CUDA kernels.
         accelerator: "cpu", "mps" or "cuda".
         gpu_name: as torch names it.
@@ -108,6 +108,7 @@ class Machine:
     container: bool = False
     rosetta: bool = False
     torch_version: str = ""
+    c_compiler: str = ""
     cpp_compiler: str = ""
     triton: bool = False
     accelerator: str = "cpu"
@@ -150,7 +151,8 @@ def host() -> Machine:
     return replace(
         machine,
         torch_version=torch_version,
-        cpp_compiler=_cpp_compiler(),
+        c_compiler=_compiler(os.environ.get("CC", ""), "cc", "gcc", "clang"),
+        cpp_compiler=_compiler(os.environ.get("CXX", ""), "c++", "g++", "clang++"),
         triton=find_spec("triton") is not None,
     )
 
@@ -333,8 +335,8 @@ def _sysctl() -> str:
         return ""
 
 
-def _cpp_compiler() -> str:
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+def _compiler(*names: str) -> str:
+    for name in names:
         if name and (found := shutil.which(name)):
             return found
     return ""

@@ -26,7 +26,7 @@ _SDPA_TOKENS: Final = 190
 _SDPA_TOKENS_RECOMPUTED: Final = 300
 # Beyond, one head's scores for one image are themselves large: 1,024² fp32 are 4 MiB.
 _CHUNKED_TOKENS: Final = 1024
-# Compiling two towers takes about as long as so many steps.
+# Fewer steps than this are over before compiled ones have won back the wait for the compiler.
 _COMPILE_STEPS: Final = 100
 
 
@@ -176,12 +176,14 @@ def choose_compile(wanted: str, machine: Machine, *, total_steps: int = 0) -> Ch
         return _switch("compile", on=False, reason=reason)
     if machine.accelerator == "cuda" and not machine.triton:
         return _switch("compile", on=False, reason="triton, which writes the kernels, is not installed")
+    if machine.accelerator == "cuda" and not machine.c_compiler:
+        return _switch("compile", on=False, reason="no C compiler is here (gcc or clang), which triton needs")
     if machine.accelerator == "cpu" and not machine.cpp_compiler:
         return _switch("compile", on=False, reason="no C++ compiler is here (g++ or clang++)")
     if wanted == "on":
         return _switch("compile", on=True, reason="asked for")
     if machine.accelerator == "cpu":
-        reason = "compiling takes minutes on a CPU; train.compile = 'on' for long jobs"
+        reason = "the first steps would wait for the C++ compiler; train.compile = 'on' for long jobs"
         return _switch("compile", on=False, reason=reason)
     if 0 < total_steps < _COMPILE_STEPS:
         return _switch("compile", on=False, reason=f"{total_steps} steps would not win back the compilation")

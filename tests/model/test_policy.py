@@ -46,7 +46,7 @@ H100 = replace(
     gpu_memory_bytes=80 * GIB,
     gpu_bf16=True,
     triton=True,
-    cpp_compiler="/usr/bin/c++",
+    c_compiler="/usr/bin/cc",
 )
 T4 = replace(H100, gpu_name="Tesla T4", gpu_memory_bytes=16 * GIB, gpu_bf16=False)
 
@@ -437,6 +437,7 @@ def test_the_batch_plan_is_told_what_it_may_take_instead() -> None:
 def test_compilation_needs_its_tools_and_enough_steps() -> None:
     assert policy(H100).compiles
     assert not policy(replace(H100, triton=False)).compiles
+    assert not policy(replace(H100, c_compiler=""), compile="on").compiles
     assert not policy(H100, replace(WORKLOADS["B/32"], total_steps=20)).compiles
     assert policy(H100, replace(WORKLOADS["B/32"], total_steps=20), compile="on").compiles
     assert not policy(CPU, compile="on").compiles
