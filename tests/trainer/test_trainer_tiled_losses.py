@@ -150,7 +150,7 @@ def test_tiles_take_the_memory_of_tiles_and_the_estimates_hold_what_is_taken(nam
             value_and_gradients(loss, leaves, identities)
         taken[wanted] = live.peak
         assert live.peak <= loss_bytes(name, rows, 24, choice)
-        assert live.peak > 0.8 * loss_bytes(name, rows, 24, choice)
+        assert live.peak > 0.75 * loss_bytes(name, rows, 24, choice)
     assert taken["on"] < taken["off"] / 8
 
 

@@ -21,7 +21,7 @@ WHOLE: Final = "off"
 # fp32 numbers a pair that the whole table takes at its peak: logits, what autograd keeps, and the gradient.
 _WHOLE_COPIES: Final = {"infonce": 6, "sigmoid": 6, "multi_positive": 7}
 # The same of a tile: logits, copies that are worked on, the gradient.
-_TILE_COPIES: Final = {"infonce": 3, "sigmoid": 2, "multi_positive": 4}
+_TILE_COPIES: Final = {"infonce": 3, "sigmoid": 3, "multi_positive": 4}
 _FP32_BYTES: Final = 4
 # Up to here the whole table is no burden, and the second pass over tiles would only cost time.
 _SMALL_BYTES: Final = 1 << 30
