@@ -8,10 +8,8 @@ whatever it is told, it does there.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -24,9 +22,7 @@ from cliptune.errors import (
 )
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.tracing import tracer
-from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
-from cliptune_model.device import device_memory_bytes
 from cliptune_trainer.checkpoint import TrainingState, random_state, restore_random_state, save_checkpoint
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.data.dataset import Dataset
@@ -38,30 +34,20 @@ from cliptune_trainer.events import Reporter
 from cliptune_trainer.export import export
 from cliptune_trainer.hold import Ending, attempt_write, hold
 from cliptune_trainer.job import JobFolder
+from cliptune_trainer.logit_bias import calibrate, needs_calibration
+from cliptune_trainer.losses import NEED_BIAS
 from cliptune_trainer.orders import Orders
+from cliptune_trainer.outcomes import Outcomes, UnderWay
 from cliptune_trainer.pace import Pace
 from cliptune_trainer.planning import Execution
 from cliptune_trainer.schedule import PeakHistory, Schedule
 from cliptune_trainer.spec import Spec, check_learning_rate
-from cliptune_trainer.step import StepInFlight, StepResult
 from cliptune_trainer.stepping import Stepper
 
 _log = logging.getLogger(__name__)
-# Steps in a row whose loss or gradient may be no finite number. fp16's scale may need some at its start.
-MAX_SKIPPED_IN_ROW: Final = 10
 # Rows that go bad while training are told one by one up to here.
 _MAX_ROW_NOTICES: Final = 10
 _OPTIMIZER: Final = "optimizer/"
-
-
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
-    """A step that the device has been given; `step` counts from 1."""
-
-    flight: StepInFlight
-    step: int
-    learning_rate: float
-    micro_batch_size: int
 
 
 class Training:
@@ -103,8 +89,6 @@ class Training:
         self._saved_step = state.step if state else -1
         self._evaluated_step = int(counters.get("evaluated_step", -1))
         self._metrics: dict[str, float] = counters.get("metrics", {})
-        self._skipped_in_row = int(counters.get("skipped_in_row", 0))
-        self._skipped_steps = int(counters.get("skipped_steps", 0))
         self._initial_peak = float(counters.get("initial_peak", decisions.learning_rate))
         self._peaks = PeakHistory(job.learning_rates, self._initial_peak)
         self._schedule = Schedule(
@@ -122,7 +106,7 @@ class Training:
         )
         # On CUDA the host is a step ahead of the device, which so never waits for it.
         self._runs_ahead = clip.device.type == "cuda"
-        self._under_way: _UnderWay | None = None
+        self._under_way: UnderWay | None = None
         self._orders = Orders(inbox, reporter, self)
         self._loader = Loader(
             dataset.train,
@@ -138,6 +122,15 @@ class Training:
             on_workers_lost=self._on_workers_lost,
         )
         self._pace = Pace(decisions.batch_size)
+        self._outcomes = Outcomes(
+            reporter,
+            self._pace,
+            clip.device,
+            total_steps=self._total_steps,
+            steps_per_epoch=self._steps_per_epoch,
+            every_steps=spec.train.progress_every_steps,
+            counters=counters,
+        )
         self._epoch_span = ExitStack()
         torch.manual_seed(spec.train.seed)
         if state:
@@ -185,66 +178,27 @@ class Training:
 
     def _launch(self, batch: Batch) -> None:
         learning_rate = self._learning_rate()
+        if self._step == 0 and self._spec.loss in NEED_BIAS and needs_calibration(self._clip):
+            bias = calibrate(self._clip, batch, self._stepper.micro_batch_size)
+            told = f"logit bias {bias:.4g}: the model was trained without one; set from the first batch"
+            self._reporter.notice("logit-bias-calibrated", told, warning=False)
         flight = self._stepper.launch(batch, learning_rate)
         self.settle()  # the step before
         self._step += 1
-        self._under_way = _UnderWay(flight, self._step, learning_rate, self._stepper.micro_batch_size)
+        self._under_way = UnderWay(
+            flight=flight,
+            step=self._step,
+            learning_rate=learning_rate,
+            micro_batch_size=self._stepper.micro_batch_size,
+        )
         if not self._runs_ahead:
             self.settle()
 
     def settle(self) -> None:
         """Waits for the step that is under way, and tells of it."""
         done, self._under_way = self._under_way, None
-        if done is None:
-            return
-        result = done.flight.result()
-        self._pace.step_done()
-        if result.skipped:
-            self._on_skipped(done.step, result)
-            return
-        self._skipped_in_row = 0
-        if done.step % self._spec.train.progress_every_steps and done.step != self._total_steps:
-            return
-        self._reporter.progress(
-            job_pb2.Progress(
-                step=done.step,
-                total_steps=self._total_steps,
-                epoch=done.step / self._steps_per_epoch,
-                loss=result.loss,
-                learning_rate=done.learning_rate,
-                logit_scale=result.logit_scale,
-                gradient_norm=result.gradient_norm,
-                samples_per_second=self._pace.samples_per_second(),
-                device_memory_bytes=device_memory_bytes(str(self._clip.device)),
-                eta_seconds=self._pace.eta_s(self._total_steps - done.step),
-                micro_batch_size=done.micro_batch_size,
-                loss_scale=result.loss_scale,
-                skipped_steps=self._skipped_steps,
-            )
-        )
-
-    def _on_skipped(self, step: int, result: StepResult) -> None:
-        self._skipped_in_row += 1
-        self._skipped_steps += 1
-        what = "gradient" if math.isfinite(result.loss) else "loss"
-        where = f": {result.culprit}" if result.culprit else ""
-        if self._skipped_in_row >= MAX_SKIPPED_IN_ROW:
-            raise InvalidInputError(
-                f"the {what} was no finite number in {self._skipped_in_row} steps in a row, up to step"
-                f" {step}{where}; lower train.learning_rate, or use train.precision = 'fp32'",
-                step=step,
-            )
-        if result.loss_scale and not where:
-            self._reporter.notice(
-                "step-skipped",
-                f"step {step}: a gradient is too large for fp16 at a loss scale of {result.loss_scale:g};"
-                " no weight was changed, and the scale is lowered",
-                warning=False,
-            )
-            return
-        self._reporter.notice(
-            "step-skipped", f"step {step}: the {what} is no finite number; no weight was changed{where}"
-        )
+        if done is not None:
+            self._outcomes.tell(done)
 
     # -- evaluation
     # ------------------------------------------------------------------------------------------------
@@ -324,13 +278,12 @@ class Training:
             counters={
                 "evaluated_step": self._evaluated_step,
                 "metrics": self._metrics,
-                "skipped_in_row": self._skipped_in_row,
-                "skipped_steps": self._skipped_steps,
                 "initial_peak": self._initial_peak,
                 "bad_rows": sorted(self._loader.bad_rows),
                 "threads": torch.get_num_threads(),
                 "random": values,
                 **stepper.values,
+                **self._outcomes.state(),
             },
             tensors={_OPTIMIZER + name: tensor for name, tensor in stepper.tensors.items()} | tensors,
         )

@@ -27,7 +27,8 @@ from cliptune_model.workload import Workload
 from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.decide import Decisions, Hardware
-from cliptune_trainer.losses import WHOLE, Loss, choose_tiling, loss_bytes, loss_for
+from cliptune_trainer.logit_bias import ensure_bias
+from cliptune_trainer.losses import NEED_BIAS, WHOLE, Loss, choose_tiling, loss_bytes, loss_for
 from cliptune_trainer.memory.cache import CachedPlan, PlanCache
 from cliptune_trainer.memory.estimate import OVERHEAD, Estimate, Estimator
 from cliptune_trainer.memory.limit import limit_process
@@ -107,7 +108,7 @@ class Planner:
         hardware: its device.
         decisions: its batch.
         dataset: for the length of its texts.
-        clip: the model, as it was built. Its towers are made lean; nothing else changes.
+        clip: the model, as it was built. Its towers are made lean, and it gets the bias that the loss needs.
         cache: plans of before.
         on_device: the model is on its device, which may be asked; otherwise the device is left alone.
     """
@@ -130,6 +131,7 @@ class Planner:
         self._batch_size = decisions.batch_size
         self._lean = _lean(clip, self._kind)
         make_lean(clip, self._lean)
+        self._bias = [ensure_bias(clip)] if spec.loss in NEED_BIAS else []
         self._text_tokens = longest_text(clip, dataset)
         self._workload = replace(
             Workload.of(
@@ -163,8 +165,9 @@ class Planner:
             choices=(
                 policy.precision,
                 budget,
-                *plan.choices,
+                *(_with_reason(choice, policy.attention) for choice in plan.choices),
                 tiling,
+                *self._bias,
                 policy.compile,
                 self._lean,
                 choose_trimming(self._clip),
@@ -389,3 +392,8 @@ def longest_text(clip: Clip, dataset: Dataset) -> int:
 
 def _own_version() -> str:
     return version("cliptune")
+
+
+def _with_reason(choice: Choice, of_policy: Choice) -> Choice:
+    """The policy's own choice, with its reason, where the batch plan left it as it was."""
+    return of_policy if (choice.subject, choice.value) == (of_policy.subject, of_policy.value) else choice
