@@ -63,6 +63,26 @@ def test_the_tokeniser_forgets_words_and_stays_right(monkeypatch: pytest.MonkeyP
     assert len(plain.cache) > 200
 
 
+def test_every_kind_of_text_gives_open_clips_tokens() -> None:
+    plain = open_clip.SimpleTokenizer(context_length=30)
+    frugal = without_waste(plain)
+    draw = random.Random(3)
+    texts = [
+        "A Cat, on the (green) mat: it's 12.5% ~ 'so-so'... isn't it?",
+        "  two  spaces\tand a tab\nand a line ",
+        "fish &amp; chips &lt;3 & more",
+        "caf\u00e9 \u201cquoted\u201d schÃ¶n \ufb01ne 猫 🙂",
+        "control \x1b[31mred\x1b[0m \x7f bell \x07",
+        "<end_of_text> in the middle <start_of_text>",
+        *("".join(draw.choices(string.printable, k=draw.randrange(1, 80))) for _ in range(300)),
+        *("".join(draw.choices(string.ascii_letters + " .,'-!", k=150)) for _ in range(50)),
+    ]
+    assert torch.equal(frugal(texts), plain(texts))
+    assert torch.equal(frugal(texts), plain(texts)), "from memory"
+    for length in (2, 5, 77):
+        assert torch.equal(frugal(texts, length), plain(texts, length))  # type: ignore[call-arg]
+
+
 def test_other_tokenisers_are_left_as_they_are() -> None:
     random_masks = open_clip.SimpleTokenizer(context_length=20, reduction_mask="random")
     assert without_waste(random_masks) is random_masks
