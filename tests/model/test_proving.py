@@ -106,7 +106,7 @@ def test_a_fused_optimiser_that_steps_on_an_overflow_is_found(monkeypatch: pytes
     monkeypatch.setattr(torch, "_fused_adamw_", deaf)
     proof = prove_fused_optimizer("cpu", SMALL)
     assert not proof.holds
-    assert "not finite" in proof.told
+    assert "nan" in proof.told
 
 
 def test_zeroed_gradients_under_the_scaler_are_found(monkeypatch: pytest.MonkeyPatch) -> None:

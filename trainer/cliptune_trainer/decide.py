@@ -14,10 +14,10 @@ from typing import Final
 from cliptune.errors import DataError
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.device import choose_device, choose_threads
+from cliptune_model.device import choose_proven_device, choose_threads
 from cliptune_model.hardware import Machine, detect
-from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
-from cliptune_model.rules import choose_device_by_proofs, choose_precision
+from cliptune_model.proofs import Proofs
+from cliptune_model.rules import choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
@@ -74,9 +74,7 @@ def decide_hardware(spec: Spec, home: Path | None) -> Hardware:
     Raises:
         InvalidInputError: a device that is not there or computes wrongly, or a precision that it lacks.
     """
-    device = choose_device(spec.resources.device)
-    proofs = load_proofs(home, device.value, detect(device.value)) if home else UNKNOWN
-    device = choose_device_by_proofs(device, proofs)
+    device, proofs = choose_proven_device(spec.resources.device, home)
     machine = detect(device.value)
     choose_precision(spec.train.precision, machine, proofs)  # refuses at once what is not to be had
     return Hardware(

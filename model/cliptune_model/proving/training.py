@@ -147,12 +147,22 @@ def _set_generator_state(device: str, state: Tensor) -> None:
 
 
 def _trained(device: str, dtype: torch.dtype, *, fused: bool) -> Tensor:
-    """Weights after three steps whose gradients are given."""
+    """Weights after three steps whose gradients are given; and for the fused one, a fourth to be left out."""
     generator = torch.Generator().manual_seed(0)
     start, *steps = (torch.randn(257, 33, generator=generator) for _ in range(4))
     weight = nn.Parameter(start.to(device, dtype))
-    optimizer = AdamW([weight], lr=_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=fused)
+    optimizer: Any = AdamW([weight], lr=_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=fused)
+    scale = 1.0
+    if fused:
+        # As training hands the loss scale and the verdict on a step to it: without reading them.
+        scale = 4.0
+        optimizer.grad_scale = torch.full((), scale, device=device)
+        optimizer.found_inf = torch.zeros((), device=device)
     for gradient in steps:
-        weight.grad = gradient.to(device, dtype)
+        weight.grad = gradient.to(device, dtype) * scale
+        optimizer.step()
+    if fused:
+        optimizer.found_inf = torch.ones((), device=device)
+        weight.grad = torch.full_like(weight, float("inf"))
         optimizer.step()
     return weight.detach()
