@@ -48,6 +48,7 @@ class Setting:
     device: str
     shards: Path
     table: Path
+    augmentation: str
     repetitions: int
 
     def pairs(self) -> Pairs:
@@ -140,7 +141,7 @@ def _loader(setting: Setting, clip: Clip, pairs: Pairs, workers: int, *, exact: 
         clip,
         batch_size=setting.batch_size,
         seed=0,
-        augmentation="crop",
+        augmentation=setting.augmentation,
         exact=exact,
         workers=workers,
     )
@@ -154,7 +155,7 @@ def _ours(setting: Setting, clip: Clip, pairs: Pairs, workers: int, images: int,
 
 def _theirs(setting: Setting, clip: Clip, workers: int, images: int) -> float:
     steps = max(images // setting.batch_size, 1)
-    data = CsvDataset(setting.table, clip)
+    data = CsvDataset(setting.table, clip, crop=setting.augmentation == "crop")
     batches = DataLoader(
         data,
         batch_size=setting.batch_size,
@@ -181,11 +182,11 @@ class CsvDataset(TorchDataset[tuple[Tensor, Tensor]]):
     """As `open_clip_train.data.CsvDataset`, which needs packages that are not installed here: it opens,
     transforms and tokenises one row after another."""
 
-    def __init__(self, table: Path, clip: Clip) -> None:
+    def __init__(self, table: Path, clip: Clip, *, crop: bool) -> None:
         with table.open(newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
         self._images, self._captions = [row["image"] for row in rows], [row["caption"] for row in rows]
-        self._transform = image_transform_v2(PreprocessCfg(**clip.preprocess_config), is_train=True)
+        self._transform = image_transform_v2(PreprocessCfg(**clip.preprocess_config), is_train=crop)
         self._tokenise = clip.tokenizer
 
     def __len__(self) -> int:

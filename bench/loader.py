@@ -1,9 +1,9 @@
 """Images a second from JPEG files to batches, by processes; and how much of the step's own rate they feed.
 
-Photo-like JPEGs of 640 × 480 and about 59 KB. Ours reads tar shards, with a random crop; the peer is what
-open_clip offers for files: its CSV data set and its training transform in torch's DataLoader, with as many
-processes. Then, on a GPU, whole training steps (bf16, 24 tokens) on batches that lie ready in its memory and
-on batches from the shards, in turns; on the CPU the same with a tiny model.
+Photo-like JPEGs of 640 × 480 and about 59 KB. Ours reads tar shards; the peer is what open_clip offers for
+files: its CSV data set in torch's DataLoader, with as many processes, and its evaluation transform or, under
+`--augmentation crop`, its training one. Then, on a GPU, whole training steps (bf16, 24 tokens) on batches that
+lie ready in its memory and on batches from the shards, in turns; on the CPU the same with a tiny model.
 """
 
 # Decoding processes import this module again: what brings torch is imported inside.
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=by_default, help="default: %(default)s")
     parser.add_argument("--images", type=int, default=12_288 if cuda else 600, help="of one measurement")
     parser.add_argument("--steps", type=int, default=30 if cuda else 12, help="of one measurement")
+    parser.add_argument("--augmentation", default="none", choices=["none", "flip", "crop"])
     parser.add_argument("--repetitions", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(count)
@@ -48,6 +49,7 @@ def main() -> None:
             device="cuda" if cuda else "cpu",
             shards=shards,
             table=table,
+            augmentation=arguments.augmentation,
             repetitions=arguments.repetitions,
         )
         rows = loader_rates(setting, arguments.workers, arguments.images)

@@ -29,6 +29,9 @@ from cliptune_trainer.data.source import ImageSource, Request
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [H, W, 3]
 Bytes4: TypeAlias = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]  # [N, H, W, 3]
 _MAX_THREADS: Final = 8
+# Of the pixels that a random rectangle needs, the share that may do when a JPEG is decoded at a fraction of
+# its size: rectangles of an image of twice the size would mostly miss it by a little.
+_CROP_ENOUGH: Final = 0.85
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +43,8 @@ class Decoder:
         crop: take a random rectangle first.
         seed: of the rectangles.
         exact: as open_clip's evaluation transform, to the bit. Otherwise JPEGs are decoded at a fraction of
-            their size where that is enough, and every image is cropped and resized in one pass.
+            their size where that is enough, and every image is cropped and resized in one pass: photo-like
+            images of 640 × 480, read at 224, then differ by one level of 255 on average (46 dB).
     """
 
     geometry: Geometry
@@ -89,7 +93,12 @@ class Decoder:
             if self.crop:
                 box = random_rectangle(width, height, seed=self.seed, epoch=epoch, row=row)
             framings.append(self.geometry.framing(width, height, box))
-            return framings[0].enough
+            enough_w, enough_h = framings[-1].enough
+            return (
+                (math.ceil(enough_w * _CROP_ENOUGH), math.ceil(enough_h * _CROP_ENOUGH))
+                if self.crop
+                else (enough_w, enough_h)
+            )
 
         image, scale = decode_scaled(encoded, enough)
         (width, height) = framings[0].source

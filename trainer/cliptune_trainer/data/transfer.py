@@ -8,15 +8,18 @@ there, and on the CPU, tensors stay in the CPU's memory until the step asks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
-# A batch whose images are larger stays in pinned memory and is copied a micro-batch at a time: of a batch of
-# 32,768 the device should hold no more than it works on.
+# A batch whose images are larger stays in the CPU's memory and is copied a micro-batch at a time: of a batch
+# of 32,768 the device should hold no more than it works on.
 _MAX_RESIDENT_BYTES: Final = 256 << 20
+# Pinned memory cannot be swapped out, and torch rounds it up to a power of two.
+_MAX_PINNED_BYTES: Final = 1 << 30
 
 
 class Transfer:
@@ -50,7 +53,9 @@ class Carrier:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Memory of the CPU that can be copied from without waiting, where there is such."""
-        return torch.empty(tuple(shape), dtype=dtype, pin_memory=self._stream is not None)
+        size_bytes = math.prod(shape) * dtype.itemsize
+        pinned = self._stream is not None and size_bytes <= _MAX_PINNED_BYTES
+        return torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned)
 
     def begin(self, tensors: Sequence[Tensor]) -> Transfer:
         """Starts the copy of those that the device should hold whole."""
@@ -58,8 +63,10 @@ class Carrier:
             return Transfer(tensors)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             there = [
-                pinned.to(self.device, non_blocking=True) if pinned.nbytes <= _MAX_RESIDENT_BYTES else pinned
-                for pinned in (tensor.pin_memory() for tensor in tensors)
+                tensor.pin_memory().to(self.device, non_blocking=True)
+                if tensor.nbytes <= _MAX_RESIDENT_BYTES
+                else tensor
+                for tensor in tensors
             ]
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
