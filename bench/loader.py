@@ -2,8 +2,8 @@
 
 Photo-like JPEGs of 640 × 480 and about 59 KB. Ours reads tar shards; the peer is what open_clip offers for
 files: its CSV data set in torch's DataLoader, with as many processes, and its evaluation transform or, under
-`--augmentation crop`, its training one. Then, on a GPU, whole training steps (bf16, 24 tokens) on batches that
-lie ready in its memory and on batches from the shards, in turns; on the CPU the same with a tiny model.
+`--augmentation crop`, its training one. Then, on a GPU, whole training steps (bf16, 24 tokens) on batches
+that lie ready in its memory and on batches from the shards, in turns; on the CPU the same with a tiny model.
 """
 
 # Decoding processes import this module again: what brings torch is imported inside.

@@ -14,6 +14,7 @@ import torch
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.clip import Clip
+from cliptune_trainer.data import samples as samples_module
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -95,6 +96,19 @@ def test_shards_hold_the_rows_that_a_table_of_the_same_files_holds(
         for one, other in zip(got, wanted, strict=True):
             assert torch.equal(one.images_B3HW[:], other.images_B3HW[:])
             assert torch.equal(one.tokens_BL, other.tokens_BL)
+
+
+def test_many_shards_are_read_by_processes_to_the_same_rows(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = read(shards)
+    monkeypatch.setattr(samples_module, "_SHARDS_PER_PROCESS", 1)
+    together = read(shards)
+    assert together.train.pairs == alone.train.pairs
+    assert together.validation.pairs == alone.validation.pairs
+    (shards / "tiles-01.tar").write_bytes(b"no tar file")
+    with pytest.raises(DataError, match=r"tiles-01\.tar"):
+        read(shards)
 
 
 def test_samples_that_cannot_be_used_are_named_and_skipped(tiles: Path, tmp_path: Path) -> None:

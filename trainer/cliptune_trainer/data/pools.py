@@ -1,27 +1,24 @@
 """Who decodes: threads of the trainer, or processes that write pixels into memory shared with it.
 
 Enters: requests, a chunk of them at a time. Leaves: their pixels, and why some cannot be read. Called by the
-loader's assembly. Processes are spawned, never forked: neither a gRPC channel nor a device survives a fork.
-Between the processes only names travel, no pixels.
+loader's assembly. Between the processes only names travel, no pixels.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 import numpy as np
 
 from cliptune_trainer.data.decode import Bytes4, Decoder, decode_rows, thread_pool
+from cliptune_trainer.data.processes import spawned
 from cliptune_trainer.data.shared import SharedBytes, shared_bytes
 from cliptune_trainer.data.source import Request
 
@@ -102,12 +99,7 @@ class Processes:
         self._memory = shared_bytes(int(np.prod(shape)))
         self._slots_SNHW3 = np.frombuffer(self._memory.buffer, np.uint8).reshape(shape)
         self._free = deque(range(capacity))
-        self._executor = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(decoder, self._memory, shape),
-        )
+        self._executor = spawned(workers, _start_worker, decoder, self._memory, shape)
 
     def submit(self, requests: Sequence[Request]) -> Chunk:
         """See `Pool`. Raises `BrokenProcessPool`."""
@@ -173,23 +165,11 @@ _worker: _Worker | None = None
 
 def _start_worker(decoder: Decoder, memory: SharedBytes, shape: tuple[int, ...]) -> None:
     global _worker
-    # The trainer alone decides when to stop: a signal sent to the whole group must not take its images away.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _worker = _Worker(decoder, memory, shape)
     atexit.register(_worker.end)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
 
 def _work(slot: int, requests: Sequence[Request]) -> list[str]:
     if _worker is None:
         raise RuntimeError("not a decoding process")
     return _worker.decode(slot, requests)
-
-
-def _die_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A killed trainer leaves no orphans."""
-    parent.join()
-    os._exit(1)

@@ -13,25 +13,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from cliptune.durable import write_atomically
 from cliptune.errors import CliptuneError, DataError, MissingColumnError
 from cliptune_model.tokens import check_text
 from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.data.samples import MAX_TEXT_BYTES, Sample, read_samples
 from cliptune_trainer.data.shard_names import find_shards
 from cliptune_trainer.data.source import ShardMember
 from cliptune_trainer.data.table import SPLITS, BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig
-
-_IMAGES: Final = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
-# Captions and fields are short; a larger member is none.
-_MAX_TEXT_BYTES: Final = 1 << 20
-_BLOCK: Final = 512
 
 
 def read_shards(path: str, config: DataConfig, roots: DataRoots, cache: Path | None = None) -> Table:
@@ -57,8 +52,8 @@ def read_shards(path: str, config: DataConfig, roots: DataRoots, cache: Path | N
     bad: list[BadRow] = []
     columns = _Columns.of(config)
     row = 0
-    for shard in shards:
-        for sample in _samples(shard, columns.texts):
+    for samples in read_samples(shards, columns.texts):
+        for sample in samples:
             row += 1
             try:
                 pairs.append(columns.pair(row, sample))
@@ -72,83 +67,6 @@ def read_shards(path: str, config: DataConfig, roots: DataRoots, cache: Path | N
         with contextlib.suppress(OSError):  # a full disk costs the next attempt a second look, no more
             _store(index, table, shards)
     return table
-
-
-@dataclass(slots=True)
-class _Sample:
-    """Members of one name. `texts` by extension; None where one is too long to be text."""
-
-    shard: Path
-    key: str
-    image: ShardMember | None = None
-    texts: dict[str, bytes | None] = field(default_factory=dict)
-    damage: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.shard.name}/{self.key}"
-
-
-def _samples(shard: Path, texts: frozenset[str]) -> Iterator[_Sample]:
-    """The samples of a shard in the order of their first members; last one that tells of damage, if any."""
-    samples: dict[str, _Sample] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            damage = ""
-            try:
-                for member in tar:
-                    _take(samples, shard, tar, member, texts)
-            except (tarfile.TarError, OSError) as error:
-                damage = str(error)
-            yield from samples.values()
-            if damage or not _ends_well(tar):
-                last = next(reversed(samples)) if samples else "its beginning"
-                yield _Sample(
-                    shard=shard,
-                    key="?",
-                    damage=f"the shard is damaged or cut off after {last}"
-                    + (f" ({damage})" if damage else ""),
-                )
-    except tarfile.TarError as error:
-        raise DataError(
-            f"{shard} is no tar file that can be read in place ({error}); compressed ones must be unpacked",
-            file=shard,
-        ) from error
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read: {error.strerror or error}", file=shard) from error
-
-
-def _take(
-    samples: dict[str, _Sample],
-    shard: Path,
-    tar: tarfile.TarFile,
-    member: tarfile.TarInfo,
-    texts: frozenset[str],
-) -> None:
-    name = member.name.removeprefix("./")
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    # Without an extension it is nothing; names that begin with a dot are a file system's own.
-    if not member.isreg() or member.issparse() or not stem or not dot:
-        return
-    extension = extension.lower()
-    if extension not in _IMAGES and extension not in texts:
-        return
-    sample = samples.setdefault(folder + slash + stem, _Sample(shard=shard, key=folder + slash + stem))
-    if extension in _IMAGES:
-        if sample.image is None:
-            sample.image = ShardMember(shard, name, member.offset_data, member.size)
-    elif member.size > _MAX_TEXT_BYTES:
-        sample.texts[extension] = None
-    else:
-        content = tar.extractfile(member)
-        sample.texts[extension] = content.read() if content else None
-
-
-def _ends_well(tar: tarfile.TarFile) -> bool:
-    """tarfile takes a header that it does not understand for the end; a real one is zeros, or nothing."""
-    tar.fileobj.seek(tar.offset)
-    return not tar.fileobj.read(_BLOCK).strip(b"\0")
 
 
 class _UnusableSample(Exception):  # noqa: N818 - says why, and goes no further
@@ -180,7 +98,7 @@ class _Columns:
         """Extensions whose content is wanted."""
         return frozenset({"txt", "json", self.caption.lower(), *(c.lower() for c in self.others.values())})
 
-    def pair(self, row: int, sample: _Sample) -> Pair:
+    def pair(self, row: int, sample: Sample) -> Pair:
         if sample.damage:
             raise _UnusableSample(sample.damage)
         fields = self._fields(sample)
@@ -225,12 +143,12 @@ class _Columns:
                     path=f"data.{spec_field}",
                 )
 
-    def _fields(self, sample: _Sample) -> dict[str, str]:
+    def _fields(self, sample: Sample) -> dict[str, str]:
         """Column → text: members by extension, and the fields of the JSON member over them."""
         fields: dict[str, str] = {}
         for extension, content in sample.texts.items():
             if content is None:
-                raise _UnusableSample(f".{extension} is longer than {_MAX_TEXT_BYTES:,} bytes")
+                raise _UnusableSample(f".{extension} is longer than {MAX_TEXT_BYTES:,} bytes")
             try:
                 text = content.decode("utf-8-sig").strip()
             except UnicodeDecodeError as error:
