@@ -223,6 +223,7 @@ def test_ctrl_c_detaches_or_cancels_as_the_user_says(house: House, tmp_path: Pat
 
     # Commands of the command line reach the running job.
     assert cliptune(house, "jobs", "set-lr", job.id, "1e-4").returncode == 0
+    assert "RUNNING" in cliptune(house, "jobs", "yield", job.id, "0").stdout
     cancelled = cliptune(house, "jobs", "cancel", job.id)
     assert cancelled.returncode == 0, cancelled.stderr
     states = [

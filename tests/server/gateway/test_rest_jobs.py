@@ -134,6 +134,7 @@ def test_a_running_job_obeys_every_command_over_rest(daemon: RunningDaemon, rest
         ("checkpoint", None),
         ("evaluate", None),
         ("learning-rate", {"learning_rate": 1e-4}),
+        ("yield", {"seconds": 0.01}),
     ):
         told = rest.post(f"/v1/jobs/{job_id}/{path}", json=body)
         assert told.status_code == 200, told.text

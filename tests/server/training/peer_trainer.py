@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
 import signal
 import sys
 from pathlib import Path
@@ -79,9 +78,7 @@ def train(
         if spec.name == "crashes" and step % 3 == 0:
             print(f"dies at step {step}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
-            instruction = inbox._queue.get(timeout=STEP_S)
-        except queue.Empty:
+        if (instruction := inbox.next(STEP_S)) is None:
             continue
         name = command_name(instruction)
         if not instruction.command_id and name == "yield_to_inference":  # the daemon's own doing
