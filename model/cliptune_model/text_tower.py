@@ -100,7 +100,9 @@ def _encode_causal(tower: TextTower, tokens_BL: Tensor) -> Tensor:
         if isinstance(module.transformer, PoolingTransformer):
             x_BW = module.transformer(x_BLW, attn_mask=mask_LL, pooled_B=place_B)[:, 0]
         else:
-            x_BW = module.transformer(x_BLW, attn_mask=mask_LL)[torch.arange(len(place_B)), place_B]
+            x_BW = module.transformer(x_BLW, attn_mask=mask_LL)[
+                torch.arange(len(place_B), device=place_B.device), place_B
+            ]
     else:
         # It follows the text, but keeps its own position, the last.
         class_B1W = module.cls_emb.to(dtype).expand(len(x_BLW), 1, -1)
