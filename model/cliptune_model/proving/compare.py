@@ -84,7 +84,7 @@ def worst(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> float:
     differences = [
         relative(found[name], tensor)
         for name, tensor in exact.items()
-        if float(tensor.norm()) > 1e-6 * largest
+        if float(tensor.norm()) >= 1e-6 * largest
     ]
     return math.nan if any(math.isnan(difference) for difference in differences) else max(differences)
 

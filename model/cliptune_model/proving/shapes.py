@@ -8,7 +8,6 @@ Shape suffixes: B pairs, L tokens, W width, C channels, H height, K rows that ar
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +22,21 @@ from cliptune_model.proving.compare import FP32_LIMIT, Sizes, churned, judged, r
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A module, its input, and how it is called."""
+    """How a module is made, with the same weights each time; its input; and how it is called."""
 
-    module: nn.Module
+    make: Callable[[], nn.Module]
     x: Tensor
     call: Callable[[nn.Module, Tensor], Tensor] = lambda module, x: module(x)
 
+    def module(self, device: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """One of its own, with seeded weights, in training."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return self.make().to(device, dtype)
+
     def gradients(self, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """Output, and gradients of the input and of every parameter, on the CPU."""
-        module = deepcopy(self.module).to(device, dtype)
+        module = self.module(device, dtype)
         x = self.x.detach().clone().to(device, dtype).requires_grad_()
         out = self.call(module, x)
         # A gradient that is not the same everywhere.
@@ -55,25 +60,34 @@ def causal_mask(tokens: int) -> Tensor:
 
 
 def pieces(sizes: Sizes) -> dict[str, Piece]:
-    """The pieces of a CLIP at these sizes, with seeded weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        image = ResidualAttentionBlock(sizes.image_width, sizes.image_heads)
-        text = ResidualAttentionBlock(sizes.text_width, sizes.text_heads)
-        patches = nn.Conv2d(3, sizes.image_width, sizes.patch_px, stride=sizes.patch_px, bias=False)
-        stem = nn.Sequential(
-            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
-        )
-        image_BLW = torch.randn(sizes.pairs, sizes.image_tokens, sizes.image_width)
-        text_BLW = torch.randn(sizes.pairs, sizes.text_tokens, sizes.text_width)
-        pixels_BCHW = torch.randn(sizes.pairs, 3, sizes.image_px, sizes.image_px)
-        features_2BD = torch.randn(2, sizes.batch_pairs, sizes.embedding_dim)
+    """The pieces of a CLIP at these sizes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    pixels_BCHW = normal(sizes.pairs, 3, sizes.image_px, sizes.image_px)
     return {
-        "image block": Piece(module=image, x=image_BLW),
-        "text block": Piece(module=text, x=text_BLW, call=_masked),
-        "patch embedding": Piece(module=patches, x=pixels_BCHW),
-        "ResNet stem": Piece(module=stem, x=pixels_BCHW),
-        "loss": Piece(module=nn.Identity(), x=features_2BD, call=_loss),
+        "image block": Piece(
+            make=lambda: ResidualAttentionBlock(sizes.image_width, sizes.image_heads),
+            x=normal(sizes.pairs, sizes.image_tokens, sizes.image_width),
+        ),
+        "text block": Piece(
+            make=lambda: ResidualAttentionBlock(sizes.text_width, sizes.text_heads),
+            x=normal(sizes.pairs, sizes.text_tokens, sizes.text_width),
+            call=_masked,
+        ),
+        "patch embedding": Piece(
+            make=lambda: nn.Conv2d(3, sizes.image_width, sizes.patch_px, stride=sizes.patch_px, bias=False),
+            x=pixels_BCHW,
+        ),
+        "ResNet stem": Piece(
+            make=lambda: nn.Sequential(
+                nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()
+            ),
+            x=pixels_BCHW,
+        ),
+        "loss": Piece(make=nn.Identity, x=normal(2, sizes.batch_pairs, sizes.embedding_dim), call=_loss),
     }
 
 

@@ -22,6 +22,10 @@ from cliptune_model.proving.model import PROBE_MODEL, exact_gradients, gradients
 
 _HALF: Final = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _RATE: Final = 1e-2
+_BETAS: Final = (0.9, 0.98)
+_EPS: Final = 1e-6
+_DECAY: Final = 0.1
+_SCALE: Final = 4.0
 
 
 def prove_half(name: str) -> Callable[[str, Sizes], Proof]:
@@ -46,10 +50,9 @@ def prove_half(name: str) -> Callable[[str, Sizes], Proof]:
 
 
 def prove_fused_optimizer(device: str, sizes: Sizes) -> Proof:
-    """Three steps of fused AdamW against plain ones in float64 on the CPU; the scaler's verdict obeyed."""
-    exact = _trained("cpu", torch.float64, fused=False)
-    found = _trained(device, torch.float32, fused=True)
-    proof = judged(relative(found, exact), FP32_LIMIT, f"three steps of fused AdamW on {device}")
+    """Three steps of fused AdamW against its definition; and the verdict on a step is obeyed."""
+    difference = relative(_trained_fused(device), _trained_by_hand())
+    proof = judged(difference, FP32_LIMIT, f"three steps of fused AdamW on {device}")
     if not proof.holds:
         return proof
     if fault := overflow_fault(device, fused=True):
@@ -146,23 +149,36 @@ def _set_generator_state(device: str, state: Tensor) -> None:
         torch.set_rng_state(state)
 
 
-def _trained(device: str, dtype: torch.dtype, *, fused: bool) -> Tensor:
-    """Weights after three steps whose gradients are given; and for the fused one, a fourth to be left out."""
+def _gradients_given(count: int = 3) -> tuple[Tensor, list[Tensor]]:
+    """Weights to begin with, and gradients of so many steps."""
     generator = torch.Generator().manual_seed(0)
-    start, *steps = (torch.randn(257, 33, generator=generator) for _ in range(4))
-    weight = nn.Parameter(start.to(device, dtype))
-    optimizer: Any = AdamW([weight], lr=_RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1, fused=fused)
-    scale = 1.0
-    if fused:
-        # As training hands the loss scale and the verdict on a step to it: without reading them.
-        scale = 4.0
-        optimizer.grad_scale = torch.full((), scale, device=device)
-        optimizer.found_inf = torch.zeros((), device=device)
-    for gradient in steps:
-        weight.grad = gradient.to(device, dtype) * scale
-        optimizer.step()
-    if fused:
-        optimizer.found_inf = torch.ones((), device=device)
-        weight.grad = torch.full_like(weight, float("inf"))
+    start, *steps = (torch.randn(257, 33, generator=generator) for _ in range(1 + count))
+    return start, steps
+
+
+def _trained_by_hand() -> Tensor:
+    """AdamW as Loshchilov & Hutter 2019, algorithm 2, in float64 on the CPU."""
+    start, steps = _gradients_given()
+    weight, first, second = start.double(), torch.zeros(()), torch.zeros(())
+    for step, gradient in enumerate(steps, start=1):
+        first = _BETAS[0] * first + (1 - _BETAS[0]) * gradient.double()
+        second = _BETAS[1] * second + (1 - _BETAS[1]) * gradient.double().square()
+        update = (first / (1 - _BETAS[0] ** step)) / ((second / (1 - _BETAS[1] ** step)).sqrt() + _EPS)
+        weight = weight * (1 - _RATE * _DECAY) - _RATE * update
+    return weight
+
+
+def _trained_fused(device: str) -> Tensor:
+    """The same by fused AdamW, as training calls it: loss scale and verdict handed over without reading them.
+
+    A fourth step, of gradients that are not finite, is to be left out.
+    """
+    start, steps = _gradients_given()
+    weight = nn.Parameter(start.to(device))
+    optimizer: Any = AdamW([weight], lr=_RATE, betas=_BETAS, eps=_EPS, weight_decay=_DECAY, fused=True)
+    optimizer.grad_scale = torch.full((), _SCALE, device=device)
+    for gradient, left_out in (*((step * _SCALE, 0.0) for step in steps), (start / 0.0, 1.0)):
+        optimizer.found_inf = torch.full((), left_out, device=device)
+        weight.grad = gradient.to(device)
         optimizer.step()
     return weight.detach()
