@@ -31,13 +31,13 @@ from cliptune_trainer.replay import RandomState
 from cliptune_trainer.step import release_memory
 
 MAX_PROBES: Final = 10
-# Of one way, before the next is tried.
-_PROBES_OF_A_WAY: Final = 4
-_MAX_WAYS: Final = 3
+# Of the most promising way, before the next is tried; of each further one, which begins better informed.
+_FIRST_PROBES: Final = 4
+_LATER_PROBES: Final = 2
 # A larger micro-batch is tried when so much more would fit.
 _WORTH_GROWING: Final = 1.15
 # What is aimed at of the room that is left: the next probe shall fit.
-_AIM: Final = 0.96
+_AIM: Final = 0.99
 # CUDA's allocator needs room between its tensors.
 _FRAGMENTS: Final = 1.04
 
@@ -72,21 +72,43 @@ def search(demand: Demand, found: Sequence[Way], measure: Measure) -> Probed | N
     At most `MAX_PROBES` measurements.
     """
     best: tuple[float, Way] | None = None
-    probes = 0
-    for way in found[:_MAX_WAYS]:
-        allowed = min(_PROBES_OF_A_WAY, MAX_PROBES - probes)
-        seconds, fitting, used = _search_way(demand, way, measure, allowed)
-        probes += used
-        if fitting is not None and (best is None or seconds < best[0]):
-            best = (seconds, fitting)
+    probes, error = 0, 1.0
+    for place, way in enumerate(found):
+        allowed = min(_FIRST_PROBES if place == 0 else _LATER_PROBES, MAX_PROBES - probes)
+        outcome = _search_way(demand, _corrected(demand, way, error), measure, allowed)
+        probes += outcome.probes
+        if outcome.measured_pair_bytes:
+            # Ways of one model on one device err alike.
+            error = outcome.measured_pair_bytes / way.estimate.pair_bytes
+        if outcome.way is not None and (best is None or outcome.pair_s < best[0]):
+            best = (outcome.pair_s, outcome.way)
         if best is not None and best[1].micro_batch_size == demand.batch_size and not best[1].checkpointing:
             break  # one pass over everything: no other way can be faster
     return None if best is None else Probed(way=best[1], probes=probes)
 
 
-def _search_way(demand: Demand, way: Way, measure: Measure, allowed: int) -> tuple[float, Way | None, int]:
-    """Seconds of a pair in a whole step, the way that fitted, and how many probes it took."""
-    fits, too_large, probes = 0, demand.most + 1, 0
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Outcome:
+    """Of one way: what fitted and was fastest, seconds of a pair in a whole step, and bytes of a pair."""
+
+    way: Way | None
+    pair_s: float
+    probes: int
+    measured_pair_bytes: int
+
+
+def _corrected(demand: Demand, way: Way, error: float) -> Way:
+    """The way by an estimate that errs as those before did."""
+    if error == 1.0:
+        return way
+    estimate = replace(way.estimate, pair_bytes=max(1, int(way.estimate.pair_bytes * error)))
+    most = min(int(estimate.pairs_within(demand.budget_bytes) * _AIM), demand.most)
+    pairs = way.micro_batch_size if demand.micro_batch_size else even_parts(demand.batch_size, max(most, 1))
+    return replace(way, estimate=estimate, micro_batch_size=pairs)
+
+
+def _search_way(demand: Demand, way: Way, measure: Measure, allowed: int) -> _Outcome:
+    fits, too_large, probes, slope = 0, demand.most + 1, 0, 0
     best: tuple[float, Way] | None = None
     while probes < allowed:
         outcome = measure(way)
@@ -112,7 +134,8 @@ def _search_way(demand: Demand, way: Way, measure: Measure, allowed: int) -> tup
         if demand.micro_batch_size is not None or not fits < target < too_large:
             break
         way = replace(way, micro_batch_size=target)
-    return (best[0], best[1], probes) if best else (0.0, None, probes)
+    seconds, fitting = best or (0.0, None)
+    return _Outcome(way=fitting, pair_s=seconds, probes=probes, measured_pair_bytes=slope)
 
 
 def _share(demand: Demand, way: Way) -> float:

@@ -14,6 +14,7 @@ import open_clip
 
 from cliptune_model.clip import Clip
 from cliptune_model.workload import Tower, Workload
+from cliptune_trainer.memory.estimate import OVERHEAD
 from cliptune_trainer.memory.plan import Demand, Way, gib
 
 # Of the weights, that a low-rank adapter trains.
@@ -52,6 +53,9 @@ def _ways_out(
     clip: Clip, workload: Workload, beside: int, demand: Demand, smallest: Way
 ) -> Iterator[tuple[str, int]]:
     """What could be trained instead, and the bytes of its step."""
+    # The gradient of the largest weight passes through memory; a frozen one has none.
+    passing = 4 * max((weight.numel() for weight in clip.model.parameters()), default=0)
+    beside = max(0, beside - int(passing * OVERHEAD[demand.device_type]))
     adapted = replace(workload, trainable=int(workload.parameters * _ADAPTED_SHARE))
     yield "training low-rank adapters (LoRA) in place of all weights", adapted.state_bytes() + beside
     image = sum(weight.numel() for weight in clip.model.get_submodule("visual").parameters())
