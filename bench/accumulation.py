@@ -73,7 +73,7 @@ FORMS: Final = {
     ),
     "cpu": Form(
         precision="fp32",
-        cases=(Case(model="ViT-B-32", batch=8, micro_batches=(4, 2)),),
+        cases=(Case(model="ViT-B-32", batch=32, micro_batches=(16, 8)),),
         large=Case(model="cliptune-tiny-vit", batch=256, micro_batches=(16,)),
         budget_gib=1,
     ),
