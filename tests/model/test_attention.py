@@ -16,6 +16,7 @@ import torch
 from open_clip.coca_model import CoCa
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -220,6 +221,15 @@ def test_a_learned_mask_gets_its_gradient(shape: tuple[int, ...]) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_shapes_alone_go_through_without_memory() -> None:
+    q, k, v = (tensor.detach().to("meta").requires_grad_() for tensor in tensors())
+    out = attention(AttentionPlan(mode="sliced", budget_bytes=TINY), q, k, v)
+    out.sum().backward()
+    assert out.shape == (B, H, Q, D)
+    assert q.grad is not None
+    assert q.grad.shape == q.shape
+
+
 def test_samples_without_a_head_dimension_are_taken_too() -> None:
     q, k, v = (tensor.detach()[:, 0] for tensor in tensors())
     mask = torch.randn(B, Q, K, dtype=torch.float64)
@@ -351,6 +361,20 @@ def test_lean_towers_follow_the_plan_too() -> None:
         found = loss_gradient()
     assert not ran.fused
     assert difference(found, expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at each
+def test_compiled_blocks_follow_the_plan_whole_and_a_new_plan_too() -> None:
+    model = made(openai_clip).train()
+    expected = gradient(model)
+    plans = [AttentionPlan(mode="chunked", budget_bytes=TINY), AttentionPlan(mode="sdpa")]
+    counters.clear()
+    for block in model.visual.transformer.resblocks:
+        block.compile(backend="eager", dynamic=False, fullgraph=True)
+    for number, plan in enumerate(plans, start=1):
+        install(model, plan)
+        assert difference(gradient(model), expected) <= 1e-5
+        assert counters["stats"]["unique_graphs"] == number
 
 
 def test_models_of_one_process_follow_plans_of_their_own() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -68,7 +69,7 @@ def attention(
         query_BHQD, key_BHKD, value_BHKD = (t.unsqueeze(1) for t in (query_BHQD, key_BHKD, value_BHKD))
         attn_mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
     kind = query_BHQD.device.type
-    if torch.is_autocast_enabled(kind) and query_BHQD.dtype != torch.float64:
+    if kind != "meta" and torch.is_autocast_enabled(kind) and query_BHQD.dtype != torch.float64:
         half = torch.get_autocast_dtype(kind)
         query_BHQD, key_BHKD, value_BHKD = (t.to(half) for t in (query_BHQD, key_BHKD, value_BHKD))
     if attn_mask is not None:
@@ -88,7 +89,7 @@ def attention(
         dropout_p=dropout_p,
         seed=int(torch.randint(2**62, ())) if dropout_p else 0,
     )
-    with torch.autocast(kind, enabled=False):
+    with _in_own_precision(kind):
         out_BHQD: Tensor = _Blocks.apply(query_BHQD, key_BHKD, value_BHKD, attn_mask, work)
     return out_BHQD.squeeze(1) if flat else out_BHQD
 
@@ -142,7 +143,7 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: under a checkpoint, asking makes them again
-        with torch.autocast(grad.device.type, enabled=False):
+        with _in_own_precision(grad.device.type):
             return _backward(saved, ctx.work, grad.to(saved[0].dtype), ctx.needs_input_grad)
 
 
@@ -237,6 +238,11 @@ def _token_major(like_BHLD: Tensor, width: int) -> Tensor:
     """Empty [B, H, L, width] in the order in which towers join the heads again: no copy there."""
     samples, heads, length = like_BHLD.shape[:3]
     return like_BHLD.new_empty(samples, length, heads, width).transpose(1, 2)
+
+
+def _in_own_precision(device_type: str) -> AbstractContextManager[object]:
+    """Products in the precision of their factors; meta tensors know no other."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
