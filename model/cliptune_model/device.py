@@ -30,6 +30,7 @@ __all__ = [
     "devices",
     "free_memory_bytes",
     "memory_limit_bytes",
+    "room_beside_others",
     "synchronize",
     "why_no_mps",
 ]
@@ -152,11 +153,18 @@ def free_memory_bytes(device: str) -> int:
         within_limit = memory_limit_bytes(device) - torch.cuda.memory_reserved(device)
         return max(0, min(torch.cuda.mem_get_info(device)[0], within_limit) + reusable)
     if kind == "mps":
-        reusable = torch.mps.driver_allocated_memory() - torch.mps.current_allocated_memory()
-        return max(
-            0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory() + max(0, reusable)
-        )
+        held = torch.mps.current_allocated_memory()
+        return room_beside_others(torch.mps.recommended_max_memory() - held, available_bytes())
     return available_bytes()
+
+
+def room_beside_others(room_bytes: int, available_bytes: int) -> int:
+    """What a process of a Mac can take, which has so much room by Metal while the RAM has so much available.
+
+    At least half of the room: what others hold idle is compressed.
+    """
+    room_bytes = max(0, room_bytes)
+    return min(room_bytes, max(available_bytes, room_bytes // 2))
 
 
 def synchronize(device: str) -> None:

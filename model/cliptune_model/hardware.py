@@ -54,6 +54,7 @@ APPLE: Final[Mapping[tuple[int, str], AppleGpu]] = {
 }
 NEWEST_GENERATION: Final = max(generation for generation, _ in APPLE)
 
+# Unknown names are told on stderr; the others are answered all the same.
 _SYSCTL_NAMES: Final = (
     "machdep.cpu.brand_string",
     "hw.memsize",
@@ -141,7 +142,9 @@ class Machine:
 def host() -> Machine:
     """The machine without its GPU. Needs no torch."""
     if platform.system() == "Darwin":
-        machine = apple_host(parse_sysctl(_sysctl()), architecture=platform.machine())
+        machine = apple_host(
+            parse_sysctl(_output("/usr/sbin/sysctl", *_SYSCTL_NAMES)), architecture=platform.machine()
+        )
     else:
         machine = _other_host()
     try:
@@ -176,13 +179,19 @@ def recommended_bytes(memory_bytes: int) -> int:
 
 
 def available_bytes() -> int:
-    """RAM that this process could still take without swapping, within its container's limit.
-
-    macOS tells no such number without its own tools; there half of the RAM stands for it.
-    """
+    """RAM that this process could still take without swapping, within its container's limit."""
+    if platform.system() == "Darwin":
+        return parse_vm_stat(_output("/usr/bin/vm_stat")) or host().memory_bytes // 2
     told = re.search(r"^MemAvailable:\s*(\d+) kB", text_of(Path("/proc/meminfo")), re.MULTILINE)
     available = int(told.group(1)) * 1024 if told else host().memory_bytes // 2
-    return min(available, container_limits().free_bytes(default=available))
+    return container_limits().free_bytes(default=available)
+
+
+def parse_vm_stat(told: str) -> int:
+    """Bytes of macOS's vm_stat that are free, or given back when asked for; 0: it says nothing."""
+    size = re.search(r"page size of (\d+) bytes", told)
+    pages = re.findall(r"^Pages (?:free|inactive|speculative|purgeable):\s*(\d+)", told, re.MULTILINE)
+    return int(size.group(1)) * sum(map(int, pages)) if size else 0
 
 
 def parse_sysctl(told: str) -> dict[str, str]:
@@ -325,12 +334,10 @@ def _with_mps(machine: Machine) -> Machine:
     )
 
 
-def _sysctl() -> str:
-    """Unknown names are told on stderr; the others are answered all the same."""
+def _output(*command: str) -> str:
+    """What a program of the system prints; empty when it cannot be run."""
     try:
-        return subprocess.run(
-            ["/usr/sbin/sysctl", *_SYSCTL_NAMES], capture_output=True, text=True, timeout=5
-        ).stdout
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cliptune_model.container import container_limits
-from cliptune_model.device import free_memory_bytes, memory_limit_bytes
+from cliptune_model.device import free_memory_bytes, memory_limit_bytes, room_beside_others
 from cliptune_model.hardware import (
     APPLE,
     GIB,
@@ -20,6 +20,7 @@ from cliptune_model.hardware import (
     detect,
     host,
     parse_sysctl,
+    parse_vm_stat,
     recommended_bytes,
     timed_tflops,
     with_apple_gpu,
@@ -166,6 +167,27 @@ def test_a_cuda_gpu_is_detected() -> None:
     assert machine.gpu_name
     assert machine.gpu_memory_bytes > 2**30
     assert 0 < free_memory_bytes("cuda:0") <= memory_limit_bytes("cuda:0") <= machine.gpu_memory_bytes
+
+
+VM_STAT = """\
+Mach Virtual Memory Statistics: (page size of 16384 bytes)
+Pages free:                               10000.
+Pages active:                            300000.
+Pages inactive:                           20000.
+Pages speculative:                         3000.
+Pages throttled:                              0.
+Pages wired down:                         90000.
+Pages purgeable:                           1000.
+"""
+
+
+def test_what_a_mac_has_available_is_read_from_vm_stat_and_bounds_its_gpu() -> None:
+    assert parse_vm_stat(VM_STAT) == 34_000 * 16_384
+    assert parse_vm_stat("") == 0
+    assert room_beside_others(10 * GIB, 20 * GIB) == 10 * GIB
+    assert room_beside_others(10 * GIB, 7 * GIB) == 7 * GIB
+    assert room_beside_others(10 * GIB, 1 * GIB) == 5 * GIB
+    assert room_beside_others(-GIB, 5 * GIB) == 0
 
 
 def write(folder: Path, **files: str) -> None:
