@@ -8,6 +8,7 @@ Fake tensors are counted as a GPU under autocast would hold them: norms in fp32,
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
@@ -76,7 +77,7 @@ def step_bytes(case: Case, *, pairs: int, device: str = "fake") -> int:
             stack.enter_context(sdpa_kernel([SDPBackend.MATH]))
         if device == "fake":
             return _counted(case, pairs, stack)
-        return _measured(case, pairs, stack, device)
+        return _measured(case, pairs, device)
 
 
 def _counted(case: Case, pairs: int, stack: ExitStack) -> int:
@@ -92,7 +93,9 @@ def _counted(case: Case, pairs: int, stack: ExitStack) -> int:
     return live.peak
 
 
-def _measured(case: Case, pairs: int, stack: ExitStack, device: str) -> int:
+def _measured(case: Case, pairs: int, device: str) -> int:
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
     model = _model(case, device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     for _ in range(2):  # the first makes the optimizer's state
@@ -100,7 +103,7 @@ def _measured(case: Case, pairs: int, stack: ExitStack, device: str) -> int:
         _forward_backward(model, case, pairs, device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _model(case: Case, device: str) -> CLIP:
@@ -123,7 +126,8 @@ def _forward_backward(model: CLIP, case: Case, pairs: int, device: str) -> None:
     images_B3HW = torch.zeros(pairs, 3, size, size, device=device)
     tokens_BL = torch.zeros(pairs, length, dtype=torch.int64, device=device)
     half = case.precision != "fp32"
-    with torch.autocast(device, dtype=_DTYPES[case.precision]) if half else nullcontext():
+    kind = torch.device(device).type
+    with torch.autocast(kind, dtype=_DTYPES[case.precision]) if half else nullcontext():
         image_BD, text_BD = model.encode_image(images_B3HW), model.encode_text(tokens_BL)
     (image_BD.float() * text_BD.float()).sum().backward()
 

@@ -25,6 +25,7 @@ from cliptune.errors import InvalidInputError
 from cliptune_model.attention import (
     AttentionPlan,
     block_shape,
+    exact,
     image_tokens,
     install,
     installed,
@@ -421,10 +422,13 @@ def test_copies_and_pickles_keep_the_plan_and_stand_alone() -> None:
         assert installed(model) == plan
 
 
-def test_what_blocks_cannot_do_is_left_to_torch() -> None:
+def test_what_blocks_cannot_do_is_left_to_torch_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    exact._tell_once.cache_clear()
     plan = AttentionPlan(mode="sliced", budget_bytes=TINY)
     q, k, v = (tensor.detach() for tensor in tensors())
-    grouped = attention(plan, q, k[:, :2], v[:, :2], enable_gqa=True)
+    for _ in range(2):
+        grouped = attention(plan, q, k[:, :2], v[:, :2], enable_gqa=True)
+    assert [record.args for record in caplog.records] == [("grouped queries",)]
     torch.testing.assert_close(
         grouped, F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True)
     )
