@@ -71,7 +71,7 @@ def loader_rates(setting: Setting, workers: Sequence[int], images: int) -> list[
         found = medians(sides, setting.repetitions, warm=0)
         rows += [
             Row(
-                case=f"{side} decode, {count} processes",
+                case=f"{side} decode, processes: {count}",
                 ours=found[side],
                 peer=found["peer"],
                 peer_name="open_clip's CSV data set in torch's DataLoader",

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -286,3 +288,46 @@ def test_decoding_is_exact_on_the_cpu_and_fast_where_a_gpu_waits() -> None:
     assert choose_decode("auto", "cpu").value == "exact"
     assert choose_decode("auto", "cuda:0").value == choose_decode("auto", "mps").value == "fast"
     assert choose_decode("exact", "cuda:0").value == "exact"
+
+
+def test_a_killed_trainer_leaves_no_decoding_process_behind(tiles: Path) -> None:
+    script = f"""
+import sys, time
+from pathlib import Path
+from cliptune_trainer.data.decode import Decoder
+from cliptune_trainer.data.pools import open_pool
+from cliptune_trainer.data.source import Request
+
+if __name__ == "__main__":
+    pool = open_pool(Decoder.of({CONFIG!r}), workers=1, batch_size=4)
+    chunk = pool.submit([Request(Path({str(tiles / "0.png")!r}), 0, 0)])
+    assert chunk.reasons.result() == [""] and chunk.pixels_NHW3.any()
+    print(*pool.process_ids, flush=True)
+    sys.stdin.read()
+"""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    with trainer.stdin, trainer.stdout:
+        process_ids = [int(word) for word in trainer.stdout.readline().split()]
+        assert len(process_ids) == 1
+        trainer.kill()
+        trainer.wait()
+        # The decoding process holds the other end of this pipe as long as it lives.
+        assert trainer.stdout.read() == ""
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("augmentation", ["none", "flip"])
+def test_batches_on_a_cuda_device_equal_those_on_the_cpu(tiles: Path, clip: Clip, augmentation: str) -> None:
+    wanted = load(tiles, clip, total=20, augmentation=augmentation)
+    clip.model.to("cuda")
+    got = load(tiles, clip, total=20, augmentation=augmentation, workers=2)
+    for one, other in zip(wanted, got, strict=True):
+        assert other.images_B3HW[:].is_cuda
+        assert other.tokens_BL.is_cuda
+        torch.testing.assert_close(other.images_B3HW[:].cpu(), one.images_B3HW[:], atol=1e-6, rtol=1e-6)
+        assert torch.equal(other.tokens_BL.cpu(), one.tokens_BL)
+        assert torch.equal(other.image_ids_B.cpu(), one.image_ids_B)
