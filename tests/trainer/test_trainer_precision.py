@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,12 +12,22 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from cliptune.errors import InvalidInputError
+from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
+from cliptune_trainer.checkpoint import checkpoints
+from cliptune_trainer.commands import Inbox
+from cliptune_trainer.events import Reporter
+from cliptune_trainer.journal import Journal
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.nan_guard import Culprit
 from cliptune_trainer.optim import build_optimizer
+from cliptune_trainer.outcomes import MAX_SKIPPED_IN_ROW
 from cliptune_trainer.precision import LossScaler, Precision
+from cliptune_trainer.preflight import prepare
+from cliptune_trainer.run import run
 from cliptune_trainer.step import Step
+from tests.trainer.conftest import MakeJob
+from tests.trainer.jobs import TrainerJob
 from tests.trainer.towers import small_batch, small_clip
 
 Hook = Callable[..., Any]
@@ -213,3 +225,69 @@ def test_bad_input_bad_weights_and_a_bad_loss_are_told_apart() -> None:
     with torch.no_grad():
         clip.model.get_parameter("visual.proj")[0, 0] = math.nan
     assert step(small_batch(6), 1e-3).culprit == Culprit(module="visual.proj", what="parameter")
+
+
+@pytest.fixture
+def _free_again() -> Iterator[None]:
+    """A run makes torch deterministic for its process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def journaled(job: TrainerJob, attempt: int, work: Callable[[Reporter], object]) -> list[job_pb2.JobEvent]:
+    journal = Journal(job.folder.journal(attempt), attempt)
+    try:
+        work(Reporter(journal))
+    finally:
+        journal.close()
+    return [entry.event for entry in job.journal(attempt)]
+
+
+def progress(events: list[job_pb2.JobEvent]) -> dict[int, tuple[float, ...]]:
+    return {
+        event.progress.step: (
+            event.progress.loss,
+            event.progress.gradient_norm,
+            event.progress.loss_scale,
+            event.progress.skipped_steps,
+        )
+        for event in events
+        if event.HasField("progress")
+    }
+
+
+@pytest.mark.usefixtures("_free_again")
+def test_a_jobs_loss_scale_is_in_its_checkpoints_and_its_skipped_steps_are_told(make_job: MakeJob) -> None:
+    job = make_job(
+        train={"precision": "fp16", "epochs": 4, "micro_batch_size": 3},
+        checkpoint={"every_steps": 3, "keep": 9},
+    )
+    journaled(job, 0, lambda reporter: prepare(job.folder, [job.root], reporter))
+
+    def train(attempt: int, from_step: int) -> list[job_pb2.JobEvent]:
+        shutil.rmtree(job.path / "export", ignore_errors=True)
+        for checkpoint in checkpoints(job.folder.checkpoints):
+            if int(checkpoint.name.removeprefix("step-")) > from_step:
+                shutil.rmtree(checkpoint)
+        return journaled(
+            job, attempt, lambda reporter: run(job.folder, [job.root], reporter, Inbox(), linked=False)
+        )
+
+    first = progress(train(1, 0))
+    assert 0 < max(entry[2] for entry in first.values()) <= LossScaler.INITIAL
+    # As if the scale had grown for long: it has to be found anew, by more tries than bad steps are allowed.
+    early = job.folder.checkpoints / "step-00000003" / "training.json"
+    content = json.loads(early.read_text())
+    assert content["counters"]["scaler"]["scale"] >= first[24][2]
+    content["counters"]["scaler"]["scale"] = 2.0**33
+    early.write_text(json.dumps(content))
+    again = train(2, 3)
+    skipped = [event.notice for event in again if event.notice.code == "step-skipped"]
+    assert len(skipped) > MAX_SKIPPED_IN_ROW
+    assert {notice.severity for notice in skipped} == {job_pb2.SEVERITY_INFO}
+    assert f"loss scale of {2.0**33:g}" in skipped[0].message
+    found = progress(again)
+    assert found[24][2:] == (2.0 ** (33 - len(skipped)), len(skipped))
+    assert len(found) == 21 - len(skipped)
+    # Resumed in the middle of the search, it goes on exactly there.
+    assert progress(train(3, 9)) == {step: entry for step, entry in found.items() if step > 9}

@@ -20,7 +20,7 @@ from cliptune_trainer.events import Reporter
 from cliptune_trainer.pace import Pace
 from cliptune_trainer.step import StepInFlight, StepResult
 
-# Steps in a row whose loss or gradient may be no finite number. fp16's scale may need some at its start.
+# Steps in a row whose loss or gradient may be no finite number, those not counted that fp16's scale takes.
 MAX_SKIPPED_IN_ROW: Final = 10
 
 
@@ -96,10 +96,17 @@ class Outcomes:
         )
 
     def _skip(self, step: int, result: StepResult) -> None:
-        self._in_row += 1
         self._skipped += 1
         what = "gradient" if math.isfinite(result.loss) else "loss"
         where = f": {result.culprit}" if result.culprit else ""
+        if result.loss_scale > 0 and not where:
+            # As fp16 goes: its scale is found by trying. At its floor the step itself raises.
+            told = f"a gradient overflows fp16 at a loss scale of {result.loss_scale:g}: it is halved"
+            self._reporter.notice(
+                "step-skipped", f"step {step}: {told}, no weight was changed", warning=False
+            )
+            return
+        self._in_row += 1
         if self._in_row >= MAX_SKIPPED_IN_ROW:
             raise InvalidInputError(
                 f"the {what} was no finite number in {self._in_row} steps in a row, up to step {step}{where};"
@@ -107,13 +114,7 @@ class Outcomes:
                 step=step,
             )
         told = f"the {what} is no finite number; no weight was changed{where}"
-        overflow = result.loss_scale > 0 and not where  # as fp16 goes: its scale is found by trying
-        if overflow:
-            scale = f"{result.loss_scale:g}"
-            told = (
-                f"a gradient overflows fp16 at a loss scale of {scale}: it is halved, no weight was changed"
-            )
-        self._reporter.notice("step-skipped", f"step {step}: {told}", warning=not overflow)
+        self._reporter.notice("step-skipped", f"step {step}: {told}")
 
     def state(self) -> dict[str, int]:
         """For a checkpoint: JSON values."""
