@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -93,6 +94,8 @@ class Compilation:
     def start(self, modules: Sequence[nn.Module]) -> None:
         """Have `modules` compiled when they are first called."""
         dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, GRAPH_LIMIT)
+        # Dynamo looks at every input's gradient, and is told by torch that some have none.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         self._modules = list(modules)
         for module in self._modules:
             module.compile(backend=self._compile, dynamic=False)

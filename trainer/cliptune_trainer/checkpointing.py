@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 from cliptune_model.clip import Clip
 from cliptune_trainer.replay import RandomState
@@ -76,13 +76,15 @@ class Checkpointed:
 
     def __init__(self, forward: Callable[..., Any], device: torch.device) -> None:
         self._forward = forward
-        self._contexts = _mps_contexts if device.type == "mps" else noop_context_fn
+        self._on_mps = device.type == "mps"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the block's own `forward`."""
         if not torch.is_grad_enabled():
             return self._forward(*args, **kwargs)
-        return checkpoint(self._forward, *args, use_reentrant=False, context_fn=self._contexts, **kwargs)
+        if self._on_mps:
+            return checkpoint(self._forward, *args, use_reentrant=False, context_fn=_mps_contexts, **kwargs)
+        return checkpoint(self._forward, *args, use_reentrant=False, **kwargs)
 
 
 def _mps_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
