@@ -30,7 +30,7 @@ class Limits:
     groups: tuple[Path, ...] = ()
 
     def free_bytes(self, *, default: int) -> int:
-        """What is left below the limits at this moment; at most `default`. Pages that can be dropped count."""
+        """What is left below the limits now; at most `default`. Pages that can be dropped count."""
         left = [default]
         for folder in self.groups:
             limit = _memory_limit(folder)
