@@ -78,18 +78,23 @@ class Compilation:
         modes = (torch.no_grad, torch.enable_grad) if replays else (torch.enable_grad,)
         was_training = self._clip.model.training
         self._clip.model.train()
-        with torch.random.fork_rng(devices=devices):
-            for pairs in micro_batch_sizes:
-                images_BCHW = torch.zeros(pairs, 3, *self._clip.image_size, device=device)
-                texts = [
-                    torch.zeros(pairs, length, dtype=torch.int64, device=device) for length in text_lengths
-                ]
-                for mode in modes:
-                    with mode(), autocast():
-                        self._clip.encode_images(images_BCHW)
-                        for tokens_BL in texts:
-                            self._clip.encode_texts(tokens_BL)
-        self._clip.model.train(was_training)
+        try:
+            with torch.random.fork_rng(devices=devices):
+                for pairs in micro_batch_sizes:
+                    images_BCHW = torch.zeros(pairs, 3, *self._clip.image_size, device=device)
+                    texts = [
+                        torch.zeros(pairs, length, dtype=torch.int64, device=device)
+                        for length in text_lengths
+                    ]
+                    for mode in modes:
+                        with mode(), autocast():
+                            self._clip.encode_images(images_BCHW)
+                            for tokens_BL in texts:
+                                self._clip.encode_texts(tokens_BL)
+        except torch.OutOfMemoryError as error:
+            _log.info("the steps compile by themselves: %s", error)
+        finally:
+            self._clip.model.train(was_training)
 
     def start(self, modules: Sequence[nn.Module]) -> None:
         """Have `modules` compiled when they are first called."""
