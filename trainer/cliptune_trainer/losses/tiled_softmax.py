@@ -4,10 +4,10 @@ Enters: what every loss takes, and the side of a tile. Leaves: the same loss and
 `multi_positive`. Called by the step through `loss_for`.
 N: pairs in the batch, D: embedding dimension, M and K: rows and columns of a tile.
 
-Two passes over the table (Cheng et al. 2024, Inf-CL). The first finds each row's and each column's log-sum-
-exp by a running maximum (Milakov and Gimelshein 2018, Algorithm 3). The second makes the tiles again and
-turns each into its gradient: exp(logit - row's) + exp(logit - column's) - 2 where the pair belongs
-together, over 2N.
+Two passes over the table (Cheng et al. 2024, Inf-CL). The first finds the log-sum-exp of every row and column
+by a running maximum (Milakov and Gimelshein 2018, Algorithm 3). The second makes the tiles again and turns
+each into its gradient, over 2N: exp(logit - row's) + exp(logit - column's), less 2 where image and text
+belong together.
 """
 
 from __future__ import annotations
