@@ -56,7 +56,7 @@ def test_every_loss_has_the_gradient_of_the_whole_batch_in_fp64_and_fp32(name: s
         value, wanted = whole(clip, loss, batch)
         assert {"logit_scale"} <= wanted.keys()
         assert ("logit_bias" in wanted) == (name == "sigmoid")
-        for size, texts in ((1, 1), (3, 1), (3, 2), (ROWS, 1), (100, 1)):
+        for size, texts in ((1, 1), (3, 2), (100, 1)):
             other, found = accumulated(clip, loss, batch, size, texts)
             assert other == pytest.approx(value, rel=tolerance)
             assert distance(found, wanted) <= tolerance, f"micro-batch {size} in {dtype}"

@@ -259,8 +259,9 @@ def progress(events: list[job_pb2.JobEvent]) -> dict[int, tuple[float, ...]]:
 @pytest.mark.usefixtures("_free_again")
 def test_a_jobs_loss_scale_is_in_its_checkpoints_and_its_skipped_steps_are_told(make_job: MakeJob) -> None:
     job = make_job(
-        train={"precision": "fp16", "epochs": 4, "micro_batch_size": 3},
-        checkpoint={"every_steps": 3, "keep": 9},
+        train={"precision": "fp16", "max_steps": 19, "micro_batch_size": 4},
+        data={"validation_fraction": 0},
+        checkpoint={"every_steps": 4, "keep": 9},
     )
     journaled(job, 0, lambda reporter: prepare(job.folder, [job.root], reporter))
 
@@ -276,18 +277,18 @@ def test_a_jobs_loss_scale_is_in_its_checkpoints_and_its_skipped_steps_are_told(
     first = progress(train(1, 0))
     assert 0 < max(entry[2] for entry in first.values()) <= LossScaler.INITIAL
     # As if the scale had grown for long: it has to be found anew, by more tries than bad steps are allowed.
-    early = job.folder.checkpoints / "step-00000003" / "training.json"
+    early = job.folder.checkpoints / "step-00000004" / "training.json"
     content = json.loads(early.read_text())
-    assert content["counters"]["scaler"]["scale"] >= first[24][2]
-    content["counters"]["scaler"]["scale"] = 2.0**33
+    assert content["counters"]["scaler"]["scale"] >= first[19][2]
+    content["counters"]["scaler"]["scale"] = 2.0**28
     early.write_text(json.dumps(content))
-    again = train(2, 3)
+    again = train(2, 4)
     skipped = [event.notice for event in again if event.notice.code == "step-skipped"]
     assert len(skipped) > MAX_SKIPPED_IN_ROW
     assert {notice.severity for notice in skipped} == {job_pb2.SEVERITY_INFO}
-    assert f"loss scale of {2.0**33:g}" in skipped[0].message
+    assert f"loss scale of {2.0**28:g}" in skipped[0].message
     found = progress(again)
-    assert found[24][2:] == (2.0 ** (33 - len(skipped)), len(skipped))
-    assert len(found) == 21 - len(skipped)
+    assert found[19][2:] == (2.0 ** (28 - len(skipped)), len(skipped))
+    assert len(found) == 15 - len(skipped)
     # Resumed in the middle of the search, it goes on exactly there.
-    assert progress(train(3, 9)) == {step: entry for step, entry in found.items() if step > 9}
+    assert progress(train(3, 8)) == {step: entry for step, entry in found.items() if step > 8}

@@ -141,8 +141,7 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
     return [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
-@pytest.mark.parametrize("tower", ["visual", "text"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("tower", "precision"), [("visual", "fp32"), ("text", "fp16")])
 def test_out_of_memory_leaves_no_trace_and_the_step_is_repeated_with_the_same_result(
     tower: str, precision: str
 ) -> None:
