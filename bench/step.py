@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -375,6 +376,9 @@ def main() -> None:
         "--tuned", action="store_true", help="also torch's search for faster products: minutes"
     )
     arguments = parser.parse_args()
+    # Sides take turns in one process: what one gives back must fit the next.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    torch.backends.cudnn.benchmark = True  # as open_clip's training script has it
     rows, curves, parts, found = [], [], [], []
     ceiling = ceiling_tflops(device, "bf16" if device == "cuda" else "fp32")
     for case in arguments.models:
