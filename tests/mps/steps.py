@@ -38,7 +38,6 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 SHIPPED = sorted(path.stem for path in CONFIG_FOLDER.glob("*.json"))
 HEADS = {"cliptune-tiny-vit": 4, "coca": 8}
 BYTES_A_SCORE = 10
-ROWS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,14 +50,15 @@ class Case:
     checkpointing: bool
     loss: str = "infonce"
     block: int = 0
-    micro_batch_size: int = ROWS
+    rows: int = 2
+    micro_batch_size: int = 2
 
     def __str__(self) -> str:
         again = "recomputed" if self.checkpointing else "kept"
         tiles = f"tiles of {self.block}" if self.block else "whole"
         return (
             f"{self.model}, {self.precision}, {self.attention}, {again}, {self.loss} {tiles},"
-            f" {self.micro_batch_size} of {ROWS}"
+            f" {self.micro_batch_size} of {self.rows}"
         )
 
 
@@ -85,7 +85,8 @@ def cases() -> Iterator[Case]:
                 checkpointing=checkpointing,
                 loss=("infonce", "multi_positive")[at % 2],
                 block=(0, 1)[at // 2 % 2],
-                micro_batch_size=1 if attention == "sdpa" and checkpointing else ROWS,
+                rows=1 if attention == "chunked" else 2,  # the blocks are many
+                micro_batch_size=1 if (precision, attention) == ("fp16", "sdpa") else 2,
             )
 
 
@@ -97,17 +98,17 @@ def on_mps(model: str) -> Clip:
     return clip
 
 
-def batch_for(clip: Clip) -> Batch:
+def batch_for(clip: Clip, rows: int) -> Batch:
     """As the loader hands it over: pixels as bytes and tokens on the CPU."""
     height, width = clip.image_size
-    pixels_BHW3 = torch.zeros(ROWS, height, width, 3, dtype=torch.uint8)
+    pixels_BHW3 = torch.zeros(rows, height, width, 3, dtype=torch.uint8)
     normalisation = Normalisation.of(clip.preprocess_config, clip.device)
-    ids_B = torch.arange(ROWS)
+    ids_B = torch.arange(rows)
     return Batch(
         epoch=0,
         index=0,
-        images_B3HW=Images(pixels_BHW3, normalisation, torch.zeros(ROWS, dtype=torch.bool)),
-        tokens_BL=torch.ones(ROWS, 16, dtype=torch.int64),
+        images_B3HW=Images(pixels_BHW3, normalisation, torch.zeros(rows, dtype=torch.bool)),
+        tokens_BL=torch.ones(rows, 16, dtype=torch.int64),
         image_ids_B=ids_B,
         caption_ids_B=ids_B // 2,
     )
@@ -119,7 +120,7 @@ def attention_budget(case: Case, clip: Clip) -> int:
         return 1 << 20  # no attention at all
     a_head = image_tokens(clip) ** 2 * BYTES_A_SCORE
     heads = HEADS.get(case.model, 2)
-    return a_head * ROWS * heads * 3 // 5 if case.attention == "sliced" else a_head * 3 // 5
+    return a_head * case.rows * heads * 3 // 5 if case.attention == "sliced" else a_head * 3 // 5
 
 
 def findings(case: Case, clip: Clip) -> list[str]:
@@ -134,7 +135,7 @@ def findings(case: Case, clip: Clip) -> list[str]:
     )
     loss = loss_for(case.loss, tiled=bool(case.block), block=case.block or None)
     step = Step(clip, loss, optimizer, precision, clip_norm=1.0, micro_batch_size=case.micro_batch_size)
-    batch = batch_for(clip)
+    batch = batch_for(clip, case.rows)
     with Watch() as watch:
         in_flight = step.launch(batch, 1e-4)
         waited = dict(watch.reads)
