@@ -31,6 +31,7 @@ from cliptune_trainer.data.table import Pair
 from cliptune_trainer.decide import Decisions
 from cliptune_trainer.evaluation import EvaluationInterrupted, evaluate
 from cliptune_trainer.events import Reporter
+from cliptune_trainer.execution import Execution
 from cliptune_trainer.export import export
 from cliptune_trainer.hold import Ending, attempt_write, hold
 from cliptune_trainer.job import JobFolder
@@ -39,7 +40,6 @@ from cliptune_trainer.losses import NEED_BIAS
 from cliptune_trainer.orders import Orders
 from cliptune_trainer.outcomes import Outcomes, UnderWay
 from cliptune_trainer.pace import Pace
-from cliptune_trainer.planning import Execution
 from cliptune_trainer.schedule import PeakHistory, Schedule
 from cliptune_trainer.spec import Spec, check_learning_rate
 from cliptune_trainer.stepping import Stepper

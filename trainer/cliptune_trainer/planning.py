@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -25,10 +25,10 @@ from cliptune_model.policy import decide as decide_policy
 from cliptune_model.trimming import choose_trimming
 from cliptune_model.workload import Workload
 from cliptune_trainer.checkpointing import enable_checkpointing
-from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.decide import Decisions, Hardware
+from cliptune_trainer.decide import Hardware
+from cliptune_trainer.execution import Execution
 from cliptune_trainer.logit_bias import ensure_bias
-from cliptune_trainer.losses import NEED_BIAS, WHOLE, Loss, choose_tiling, loss_bytes, loss_for
+from cliptune_trainer.losses import NEED_BIAS, choose_tiling, loss_bytes, loss_for
 from cliptune_trainer.memory.cache import CachedPlan, PlanCache
 from cliptune_trainer.memory.estimate import OVERHEAD, Estimate, Estimator
 from cliptune_trainer.memory.limit import limit_process
@@ -51,53 +51,12 @@ _LOSS_SHARE: Final = 0.25
 _FEATURE_COPIES: Final = 8
 _FP32_BYTES: Final = 4
 _LONGEST_CAPTIONS: Final = 64
+# Of the device: what would fit into this much is not refused for good when others hold memory now.
+_OURS_SHARE: Final = 0.8
 _BUDGET_STEP_BYTES: Final = 256 << 20
 _BLOCKED_MODES: Final = ("sliced", "chunked")
 # One head's scores of one image, from which on blocks of queries are taken.
 _CHUNKED_TOKENS: Final = 1024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Execution:
-    """How a step is computed.
-
-    Attributes:
-        policy: of the device.
-        plan: of the batch.
-        tiling: of the loss: "off", or the side of a tile.
-        lean: which parts of the towers are replaced by leaner ones.
-        choices: all, in the order that a person reads them.
-        text_tokens: the longest that texts get.
-        precision: "fp32", "bf16" or "fp16".
-    """
-
-    policy: Policy
-    plan: BatchPlan
-    tiling: Choice
-    lean: Choice
-    choices: tuple[Choice, ...]
-    text_tokens: int
-    precision: str
-
-    def loss(self, name: str) -> Loss:
-        """The job's loss, whole or in tiles."""
-        if self.tiling.value == WHOLE:
-            return loss_for(name, tiled=False)
-        return loss_for(name, tiled=True, block=int(self.tiling.value))
-
-    def stored(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON values: a resumed run computes as the one before."""
-        plan = self.plan
-        return {
-            "device": self.policy.device.value.partition(":")[0],
-            "precision": self.precision,
-            "tiling": self.tiling.value,
-            "micro_batch_size": plan.micro_batch_size,
-            "checkpointing": plan.checkpointing,
-            "attention": plan.attention,
-            "block_bytes": plan.block_bytes,
-            "estimated_bytes": plan.estimated_bytes,
-        }
 
 
 class Planner:
@@ -106,10 +65,11 @@ class Planner:
     Args:
         spec: the job.
         hardware: its device.
-        decisions: its batch.
-        dataset: for the length of its texts.
         clip: the model, as it was built. Its towers are made lean, and it gets the bias that the loss needs.
         cache: plans of before.
+        batch_size: pairs in the effective batch.
+        total_steps: of the run.
+        captions: the training texts, for their length.
         on_device: the model is on its device, which may be asked; otherwise the device is left alone.
     """
 
@@ -117,28 +77,29 @@ class Planner:
         self,
         spec: Spec,
         hardware: Hardware,
-        decisions: Decisions,
-        dataset: Dataset,
         clip: Clip,
         cache: PlanCache,
         *,
+        batch_size: int,
+        total_steps: int,
+        captions: Iterable[str],
         on_device: bool,
     ) -> None:
         self._spec, self._hardware, self._clip, self._cache = spec, hardware, clip, cache
         self._on_device = on_device
         self._device = hardware.device.value
         self._kind = self._device.partition(":")[0]
-        self._batch_size = decisions.batch_size
+        self._batch_size = batch_size
         self._lean = _lean(clip, self._kind)
         make_lean(clip, self._lean)
         self._bias = [ensure_bias(clip)] if spec.loss in NEED_BIAS else []
-        self._text_tokens = longest_text(clip, dataset)
+        self._text_tokens = longest_text(clip, captions)
         self._workload = replace(
             Workload.of(
                 clip,
-                batch_size=decisions.batch_size,
+                batch_size=batch_size,
                 image_tokens=image_tokens(clip),
-                total_steps=decisions.total_steps,
+                total_steps=total_steps,
             ),
             text_tokens=self._text_tokens,
         )
@@ -184,7 +145,7 @@ class Planner:
             micro_batch_size=train.micro_batch_size,
             compile=train.compile,
             threads=resources.threads,
-            memory_bytes=resources.memory_bytes,
+            memory_bytes=None if resources.memory_bytes is None else min(resources.memory_bytes, self._whole),
         )
         free = None
         if self._on_device and resources.memory_bytes is None:
@@ -285,6 +246,12 @@ class Planner:
         return settle(demand, best, found, source=source)
 
     @property
+    def _whole(self) -> int:
+        """Bytes of the device, whoever holds them."""
+        machine = self._hardware.machine
+        return machine.memory_bytes if self._kind == "cpu" else machine.gpu_memory_bytes
+
+    @property
     def _may_probe(self) -> bool:
         """On the CPU there is no telling what a step took."""
         return self._on_device and self._kind != "cpu"
@@ -321,9 +288,7 @@ class Planner:
 
     def _refusal(self, policy: Policy, demand: Demand, smallest: Way) -> CliptuneError:
         told = does_not_fit(self._clip, self._workload, demand, smallest, precision=policy.precision.value)
-        machine = self._hardware.machine
-        whole = machine.gpu_memory_bytes if self._kind != "cpu" else machine.memory_bytes
-        if self._spec.resources.memory_bytes is None and smallest.peak_bytes < whole * 0.8:
+        if self._spec.resources.memory_bytes is None and smallest.peak_bytes < self._whole * _OURS_SHARE:
             return OverloadedError(f"{told} Others hold memory of {self._device} now.")
         return InvalidInputError(told)
 
@@ -383,10 +348,9 @@ def _lean(clip: Clip, kind: str) -> Choice:
     return choose_lean(clip)
 
 
-def longest_text(clip: Clip, dataset: Dataset) -> int:
-    """Tokens of the longest texts of the training rows, as the towers will see them."""
-    captions = {pair.caption for pair in dataset.train.pairs}
-    longest = heapq.nlargest(_LONGEST_CAPTIONS, captions, key=len)
+def longest_text(clip: Clip, captions: Iterable[str]) -> int:
+    """Tokens of the longest texts, as the towers will see them."""
+    longest = heapq.nlargest(_LONGEST_CAPTIONS, set(captions), key=len)
     return int(clip.tokenize_trimmed(longest).shape[1]) if longest else clip.context_length
 
 

@@ -25,10 +25,11 @@ from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.events import Reporter
+from cliptune_trainer.execution import Execution
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.planning import Execution, Planner
+from cliptune_trainer.planning import Planner
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepOutOfMemoryError
@@ -53,7 +54,16 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         decisions = decide(spec, hardware, dataset, clip)
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"
-        planner = Planner(spec, hardware, decisions, dataset, clip, PlanCache(job.home), on_device=on_cpu)
+        planner = Planner(
+            spec,
+            hardware,
+            clip,
+            PlanCache(job.home),
+            batch_size=decisions.batch_size,
+            total_steps=decisions.total_steps,
+            captions=(pair.caption for pair in dataset.train.pairs),
+            on_device=on_cpu,
+        )
         execution = planner.plan()
     with tracer().start_as_current_span("prepare.measure"):
         # Another device is left alone: another job may be at work there.

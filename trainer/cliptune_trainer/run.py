@@ -20,11 +20,12 @@ from cliptune_trainer.data.dataset import Dataset, load_findings, read_dataset
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, Hardware, decide, decide_hardware
 from cliptune_trainer.events import Reporter
+from cliptune_trainer.execution import Execution
 from cliptune_trainer.hold import Ending
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.loop import Training
 from cliptune_trainer.memory.cache import PlanCache
-from cliptune_trainer.planning import Execution, Planner
+from cliptune_trainer.planning import Planner
 from cliptune_trainer.spec import Spec
 
 
@@ -83,7 +84,16 @@ def plan_execution(
     stored = state.counters.get("execution") if state else None
     if stored is not None and stored["device"] != clip.device.type:
         stored = None
-    planner = Planner(spec, hardware, decisions, dataset, clip, PlanCache(job.home), on_device=True)
+    planner = Planner(
+        spec,
+        hardware,
+        clip,
+        PlanCache(job.home),
+        batch_size=decisions.batch_size,
+        total_steps=decisions.total_steps,
+        captions=(pair.caption for pair in dataset.train.pairs),
+        on_device=True,
+    )
     return planner.plan(stored)
 
 
