@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from cliptune_trainer.losses.fused import Fused
 from cliptune_trainer.losses.identities import Identities
 from cliptune_trainer.losses.sigmoid import bias_of
-from cliptune_trainer.losses.tiles import Gradients, LogitTable, differentiable
+from cliptune_trainer.losses.tiles import Gradients, LogitTable, diagonal, differentiable
 
 
 def tiled_sigmoid(
@@ -61,9 +61,15 @@ def tiled_sigmoid(
 def _signed(logits_MK: Tensor, bias: Tensor, own: bool) -> Tensor:
     """Logits of being wrong: those of the row's own text, on the diagonal, count the other way."""
     wrong_MK = logits_MK + bias
-    if own:
-        wrong_MK.diagonal().neg_()
-    return wrong_MK
+    return _turned(wrong_MK) if own else wrong_MK
+
+
+def _turned(tile_MK: Tensor) -> Tensor:
+    """With the other sign on the diagonal. May overwrite its argument."""
+    if tile_MK.is_cuda:  # one pass when compiled: a diagonal would be a tensor to write first
+        return torch.where(diagonal(tile_MK), -tile_MK, tile_MK)
+    tile_MK.diagonal().neg_()
+    return tile_MK
 
 
 def _value_of(logits_MK: Tensor, bias: Tensor, own: bool) -> Tensor:
@@ -79,7 +85,7 @@ def _value_and_gradient_of(
     value = F.softplus(wrong_MK).sum()
     gradient_MK = wrong_MK.sigmoid()
     if own:
-        gradient_MK.diagonal().neg_()
+        gradient_MK = _turned(gradient_MK)
     return value, gradient_MK.to(factors), gradient_MK.sum()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cliptune_trainer.losses.fused import Fused
 from cliptune_trainer.losses.identities import Identities
-from cliptune_trainer.losses.tiles import Gradients, LogitTable, differentiable
+from cliptune_trainer.losses.tiles import Gradients, LogitTable, diagonal, differentiable
 
 LogSum = tuple[Tensor, Tensor]
 """Maximum so far, and the sum of exponentials relative to it."""
@@ -152,7 +152,9 @@ def _gradient_of(
     """2N times the loss's gradient, rounded only at the end: near the optimum it is a small difference."""
     gradient_MK = (logits_MK - rows_M[:, None]).exp_()
     gradient_MK.add_((logits_MK - columns_K[None, :]).exp_())
-    if own:
+    if own and gradient_MK.is_cuda:  # one pass when compiled: a diagonal would be a tensor to write first
+        gradient_MK = torch.where(diagonal(gradient_MK), gradient_MK - 2.0, gradient_MK)
+    elif own:
         gradient_MK.diagonal().sub_(2.0)
     return gradient_MK.to(factors)
 

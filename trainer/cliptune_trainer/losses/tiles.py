@@ -125,6 +125,12 @@ def spans(count: int, block: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def diagonal(tile_MK: Tensor) -> Tensor:
+    """[M, K] bool: where a row meets its own text in a tile cut alike both ways."""
+    rows_M, columns_K = (torch.arange(side, device=tile_MK.device) for side in tile_MK.shape)
+    return rows_M[:, None] == columns_K[None, :]
+
+
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], tuple[Tensor, Gradients | None]]
 """Features, scale, bias, whether gradients are wanted → the loss and its gradients."""
 
