@@ -99,7 +99,11 @@ class Stepper:
             reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
         self._micro_batch = MicroBatch(plan.micro_batch_size)
         self._pressure = Pressure(clip.device)
-        self._pair_bytes = plan.estimated_bytes // max(1, plan.micro_batch_size)
+        # Weights, gradients and moments stay whatever the micro-batch is.
+        kept_bytes = sum(
+            (16 if weight.requires_grad else 4) * weight.numel() for weight in clip.model.parameters()
+        )
+        self._pair_bytes = max(0, plan.estimated_bytes - kept_bytes) // plan.micro_batch_size
         self._take_step = Step(
             clip,
             execution.loss(spec.loss),
@@ -149,12 +153,13 @@ class Stepper:
 
     def _look_around(self) -> None:
         """Between two steps: gives way to others that are short of memory, or takes up room again."""
-        due = self._pressure.due()
+        if not self._pressure.due():
+            return
         if self._micro_batch.may_grow:
             if not self._pressure.told():
                 self._micro_batch.grow()
                 _log.info("micro-batch of %d pairs again", self._micro_batch.size)
-        elif due and self._micro_batch.size > 1:
+        elif self._micro_batch.size > 1:
             taken = self._micro_batch.size * self._pair_bytes
             if taken >= _WORTH_YIELDING_BYTES and (why := self._pressure.told()):
                 before = self._micro_batch.size
