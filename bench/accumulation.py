@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
 from cliptune_model.clip import Clip, build
-from cliptune_model.device import synchronize
 from cliptune_model.source import ModelSource
+from cliptune_model.synchronize import synchronize
 from cliptune_trainer.accumulation import accumulate, parts_of
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch
@@ -229,7 +229,9 @@ def within_budget(case: Case, device: str, precision: str, budget_gib: float, st
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     bench = Bench(case, device, precision)
-    micro_batch, losses, times_s, peak_bytes = case.micro_batches[0], [], [], 0
+    micro_batch, peak_bytes = case.micro_batches[0], 0
+    losses: list[float] = []
+    times_s: list[float] = []
     while len(losses) < steps:
         bench.step.micro_batch_size = micro_batch
         began = time.perf_counter()

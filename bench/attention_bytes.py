@@ -90,7 +90,7 @@ def _counted(case: Case, pairs: int, stack: ExitStack) -> int:
     for tensor in (*weights, *held):
         live.adopt(tensor)
     _forward_backward(model, case, pairs, "cpu")
-    return live.peak
+    return int(live.peak)
 
 
 def _measured(case: Case, pairs: int, device: str) -> int:
@@ -103,7 +103,7 @@ def _measured(case: Case, pairs: int, device: str) -> int:
         _forward_backward(model, case, pairs, device)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(device) - before
+    return int(torch.cuda.max_memory_allocated(device) - before)
 
 
 def _model(case: Case, device: str) -> CLIP:
@@ -140,7 +140,7 @@ def _norms_in_full() -> Iterator[None]:
         with torch.autocast("cpu", enabled=False):
             return _LAYER_NORM(x.float(), *arguments)
 
-    nn.functional.layer_norm = in_full
+    nn.functional.layer_norm = in_full  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
-from cliptune_model.device import synchronize
+from cliptune_model.synchronize import synchronize
 from cliptune_trainer.losses import Identities, choose_tiling, loss_for
 from cliptune_trainer.memory.count import LiveBytes
 
@@ -75,10 +75,10 @@ class Case:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             side()
-            return (torch.cuda.max_memory_allocated() - before) / 2**30
+            return int(torch.cuda.max_memory_allocated() - before) / 2**30
         with LiveBytes(self.device) as live:
             side()
-        return live.peak / 2**30
+        return int(live.peak) / 2**30
 
 
 def measured(name: str, n: int, device: str, repetitions: int) -> Columns:

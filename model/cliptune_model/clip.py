@@ -107,7 +107,7 @@ class Clip:
 
     def trim(self, tokens_BL: Tensor) -> Tensor:
         """Tokens on the CPU, cut to one of a few lengths where `encode_texts` gives the same for them."""
-        return TextTrim.of(self)(tokens_BL)
+        return TextTrim.of(self.model, self.context_length)(tokens_BL)
 
     def tokenize_trimmed(self, texts: Sequence[str]) -> Tensor:
         """As `tokenize`, trimmed: the form to encode a batch at once."""

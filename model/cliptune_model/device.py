@@ -1,4 +1,4 @@
-"""The device itself: which one is used, what it holds, and waiting for it.
+"""The device itself: which one is used, and what it holds.
 
 Enters: what the user asked for ("auto" or a name), or a device. Leaves: a `Choice` that plans, logs and
 `cliptune doctor` show, or a number of bytes. Called by the trainer, the engine and doctor.
@@ -21,7 +21,6 @@ from cliptune_model.hardware import Machine, available_bytes, detect, host
 from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
 
 __all__ = [
-    "Choice",
     "choose_device",
     "choose_precision",
     "choose_proven_device",
@@ -31,7 +30,6 @@ __all__ = [
     "free_memory_bytes",
     "memory_limit_bytes",
     "room_beside_others",
-    "synchronize",
     "why_no_mps",
 ]
 
@@ -165,15 +163,6 @@ def room_beside_others(room_bytes: int, available_bytes: int) -> int:
     """
     room_bytes = max(0, room_bytes)
     return min(room_bytes, max(available_bytes, room_bytes // 2))
-
-
-def synchronize(device: str) -> None:
-    """Wait until the device has done all that was asked of it; nothing to wait for on the CPU."""
-    kind = torch.device(device).type
-    if kind == "cuda":
-        torch.cuda.synchronize(device)
-    elif kind == "mps":
-        torch.mps.synchronize()
 
 
 def _cuda_name(index: int) -> str:

@@ -264,7 +264,7 @@ def timed_tflops(device: str) -> float:
     """fp32 TFLOP/s of a square matmul that is repeated for a fifth of a second."""
     import torch
 
-    from cliptune_model.device import synchronize
+    from cliptune_model.synchronize import synchronize
 
     a_NN = torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, device=device)
     for _ in range(3):  # compiles kernels and wakes the clock

@@ -13,15 +13,12 @@ Shape suffixes: B batch, L tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliptune_model.choice import Choice
 from cliptune_model.text_tower import text_tower
-
-if TYPE_CHECKING:
-    from cliptune_model.clip import Clip
 
 # Lengths that texts are cut to, below the context's own. A third between neighbours bounds the waste.
 LENGTHS: Final = (16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224)
@@ -44,12 +41,12 @@ class TextTrim:
     spare: int = 0
 
     @classmethod
-    def of(cls, clip: Clip) -> TextTrim:
-        """As the text tower of `clip` allows."""
-        tower, why_not = text_tower(clip.model)
+    def of(cls, model: nn.Module, context_length: int) -> TextTrim:
+        """As the text tower of open_clip's `model` allows."""
+        tower, why_not = text_tower(model)
         if tower is None or why_not:
             choice = Choice(subject="text_trimming", value="off", reason=why_not)
-            return cls(choice=choice, lengths=(clip.context_length,))
+            return cls(choice=choice, lengths=(context_length,))
         lengths = (*(length for length in LENGTHS if length < tower.context_length), tower.context_length)
         return cls(
             choice=Choice(
@@ -76,6 +73,6 @@ class TextTrim:
         return tokens_BL if length >= context else tokens_BL[:, :length].contiguous()
 
 
-def choose_trimming(clip: Clip) -> Choice:
+def choose_trimming(model: nn.Module, context_length: int) -> Choice:
     """Whether the texts of this model are cut, to which lengths, and why."""
-    return TextTrim.of(clip).choice
+    return TextTrim.of(model, context_length).choice

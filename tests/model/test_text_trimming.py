@@ -67,7 +67,7 @@ def tokens() -> Tensor:
 def trim_of(model: nn.Module) -> TextTrim:
     clip = copy.copy(build(ModelSource(name="cliptune-test-vit")))
     clip.model, clip.context_length = model, CONTEXT
-    return TextTrim.of(clip)
+    return TextTrim.of(clip.model, clip.context_length)
 
 
 def embedded(model: nn.Module, tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -134,13 +134,13 @@ def test_texts_are_cut_to_few_lengths_and_a_full_one_not_at_all() -> None:
     clip.tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
     lengths = {clip.tokenize_trimmed([" ".join(["cat"] * words)]).shape[1] for words in range(1, 60)}
     assert lengths == {16, 24, 32, 40}
-    assert choose_trimming(clip).value == "16, 24, 32, 40"
+    assert choose_trimming(clip.model, clip.context_length).value == "16, 24, 32, 40"
     assert clip.tokenize_trimmed([]).shape == (0, CONTEXT)
 
 
 def test_a_stretched_context_is_trimmed_like_the_others() -> None:
     clip = build(ModelSource(name="cliptune-tiny-vit", context_length=60))
-    assert TextTrim.of(clip).lengths == (16, 24, 32, 40, 48, 60)
+    assert TextTrim.of(clip.model, clip.context_length).lengths == (16, 24, 32, 40, 48, 60)
     whole_BL = clip.tokenize(["a cat " * 20, "a dog"])
     short_BL = clip.trim(whole_BL)
     assert short_BL.shape == (2, 48)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cliptune_model.device import Choice
+from cliptune_model.choice import Choice
 
 FROZEN = "frozen"
 PASSING = "micro-batch"

@@ -131,7 +131,7 @@ class Planner:
                 *self._bias,
                 policy.compile,
                 self._lean,
-                choose_trimming(self._clip),
+                choose_trimming(self._clip.model, self._clip.context_length),
                 policy.fused_optimizer,
             ),
         )

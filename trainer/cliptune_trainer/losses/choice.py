@@ -12,7 +12,7 @@ from typing import Final
 import torch
 
 from cliptune.errors import SpecError
-from cliptune_model.device import Choice
+from cliptune_model.choice import Choice
 
 TILINGS: Final = ("auto", "on", "off")
 WHOLE: Final = "off"
