@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from cliptune.errors import InvalidInputError
+from cliptune_model.choice import Choice
 from cliptune_model.device import (
-    Choice,
     choose_device,
     choose_precision,
     choose_proven_device,
     choose_threads,
     device_memory_bytes,
     devices,
-    synchronize,
     why_no_mps,
 )
 from cliptune_model.hardware import Machine, detect
 from cliptune_model.proofs import UNKNOWN, Proof, Proofs, save_proofs
 from cliptune_model.rules import choose_serving_attention
+from cliptune_model.synchronize import synchronize
 
 ACCELERATED = torch.cuda.is_available() or torch.backends.mps.is_available()
 
