@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
 from cliptune_model.clip import Clip, build
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_model.synchronize import synchronize
 from cliptune_trainer.accumulation import accumulate, parts_of
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch

@@ -23,8 +23,8 @@ from bench.turns import medians
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.compiled import compile_towers
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_model.synchronize import synchronize
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots

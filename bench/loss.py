@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
-from cliptune_model.synchronize import synchronize
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_trainer.losses import Identities, choose_tiling, loss_for
 from cliptune_trainer.memory.count import LiveBytes
 

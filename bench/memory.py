@@ -23,8 +23,8 @@ from bench.chart import Line, Panel, draw
 from bench.record import Columns, cores, gpu, report
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip, build
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_model.synchronize import synchronize
 from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.decide import Hardware, decide_hardware

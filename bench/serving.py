@@ -21,7 +21,7 @@ from bench.served_model import MODEL, served_model
 from bench.turns import medians
 from cliptune import AsyncClient
 from cliptune_model.clip import Clip
-from cliptune_model.device import choose_threads
+from cliptune_model.machine.device import choose_threads
 from cliptune_model.pixels import decode_image
 from tests.support.images import COLOURS, SHAPES, caption, jpeg
 

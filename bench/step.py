@@ -36,8 +36,8 @@ from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.compiled import compile_towers
 from cliptune_model.lean import PARTS, make_lean
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_model.synchronize import synchronize
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.optim import BETAS, EPS, MAX_LOG_SCALE, build_optimizer, takes_decay

@@ -25,10 +25,10 @@ import grpc
 
 from cliptune.errors import CliptuneError
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import GIB, NEWEST_GENERATION, Machine, detect, host
-from cliptune_model.policy import Tower, Wishes, Workload, decide, prepare_process
-from cliptune_model.proofs import FILE, UNKNOWN, Proof, Proofs, save_proofs
-from cliptune_model.rules import choose_device_by_proofs
+from cliptune_model.machine.hardware import GIB, NEWEST_GENERATION, Machine, detect, host
+from cliptune_model.machine.policy import Tower, Wishes, Workload, decide, prepare_process
+from cliptune_model.machine.proofs import FILE, UNKNOWN, Proof, Proofs, save_proofs
+from cliptune_model.machine.rules import choose_device_by_proofs
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -117,7 +117,7 @@ class Diagnosis:
         yield imports
         if imports.status == "fail":
             return
-        from cliptune_model import device as devices
+        from cliptune_model.machine import device as devices
 
         yield _check("devices", lambda: ("ok", f"{', '.join(devices.devices())} on {host().chip}"))
         chosen: list[Choice] = []

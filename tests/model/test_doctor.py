@@ -18,8 +18,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from cliptune_model.cli import doctor
 from cliptune_model.doctor import Check, Diagnosis
-from cliptune_model.hardware import detect
-from cliptune_model.proofs import FILE, Proof, load_proofs
+from cliptune_model.machine.hardware import detect
+from cliptune_model.machine.proofs import FILE, Proof, load_proofs
 from cliptune_model.proving import CONSEQUENCES, PROVERS
 
 LOOKED_AT = ["python", "platform", "memory", "packages", "home", "daemon", "imports", "devices", "device",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cliptune_model import rules
+from cliptune_model.machine import rules
 from cliptune_model.proving import CONSEQUENCES, PROVERS, prove_all
 from cliptune_model.proving.attending import prove_attention
 from cliptune_model.proving.compare import SMALL, Sizes, judged, relative, sizes_for, worst

@@ -15,7 +15,7 @@ from torch import nn
 
 from cliptune_model.attention import AttentionPlan, image_tokens, installed
 from cliptune_model.clip import Clip
-from cliptune_model.workload import Workload
+from cliptune_model.machine.workload import Workload
 from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.checkpointing import Checkpointed, enable_checkpointing
 from cliptune_trainer.losses import infonce

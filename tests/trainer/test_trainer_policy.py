@@ -10,8 +10,8 @@ import torch
 
 from cliptune.errors import InvalidInputError
 from cliptune.internal.v1 import trainer_pb2
-from cliptune_model.hardware import detect
-from cliptune_model.proofs import Proof, Proofs, save_proofs
+from cliptune_model.machine.hardware import detect
+from cliptune_model.machine.proofs import Proof, Proofs, save_proofs
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.journal import Journal

@@ -21,8 +21,8 @@ from cliptune.errors import CliptuneError, InternalError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.telemetry import configure_logging, configure_tracing
 from cliptune.tracing import extract_environment, tracer
-from cliptune_model.hardware import host
-from cliptune_model.policy import prepare_process
+from cliptune_model.machine.hardware import host
+from cliptune_model.machine.policy import prepare_process
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import JournalHandler, Reporter
 from cliptune_trainer.job import JobFolder

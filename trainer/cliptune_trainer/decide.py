@@ -14,10 +14,10 @@ from typing import Final
 from cliptune.errors import DataError
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.device import choose_proven_device, choose_threads
-from cliptune_model.hardware import Machine, detect
-from cliptune_model.proofs import Proofs
-from cliptune_model.rules import choose_precision
+from cliptune_model.machine.device import choose_proven_device, choose_threads
+from cliptune_model.machine.hardware import Machine, detect
+from cliptune_model.machine.proofs import Proofs
+from cliptune_model.machine.rules import choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cliptune_model.choice import Choice
-from cliptune_model.policy import Policy
+from cliptune_model.machine.policy import Policy
 from cliptune_trainer.losses import WHOLE, Loss, loss_for
 from cliptune_trainer.memory.plan import BatchPlan
 

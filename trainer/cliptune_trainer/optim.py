@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from cliptune_model.hardware import host
-from cliptune_model.rules import choose_fused_optimizer
+from cliptune_model.machine.hardware import host
+from cliptune_model.machine.rules import choose_fused_optimizer
 
 # As open_clip trains its ViTs.
 BETAS: Final = (0.9, 0.98)

@@ -15,7 +15,7 @@ import torch
 
 from cliptune.errors import InvalidInputError
 from cliptune.v1 import job_pb2
-from cliptune_model.device import device_memory_bytes
+from cliptune_model.machine.device import device_memory_bytes
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.pace import Pace
 from cliptune_trainer.step import StepInFlight, StepResult

@@ -18,12 +18,12 @@ from cliptune.errors import CliptuneError, InvalidInputError, OverloadedError
 from cliptune_model.attention import AttentionPlan, image_tokens
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.device import free_memory_bytes
 from cliptune_model.lean import choose_lean, make_lean
-from cliptune_model.policy import Policy, Wishes
-from cliptune_model.policy import decide as decide_policy
+from cliptune_model.machine.device import free_memory_bytes
+from cliptune_model.machine.policy import Policy, Wishes
+from cliptune_model.machine.policy import decide as decide_policy
+from cliptune_model.machine.workload import Workload
 from cliptune_model.trimming import choose_trimming
-from cliptune_model.workload import Workload
 from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.decide import Hardware
 from cliptune_trainer.execution import Execution

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
-from cliptune_model.proofs import Proof
+from cliptune_model.machine.proofs import Proof
 from cliptune_model.proving.attending import prove_attention
 from cliptune_model.proving.compare import Sizes, sizes_for
 from cliptune_model.proving.model import prove_gradients

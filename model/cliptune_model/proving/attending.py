@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.attention import AttentionPlan, install
-from cliptune_model.proofs import Proof
+from cliptune_model.machine.proofs import Proof
 from cliptune_model.proving.compare import FP32_LIMIT, Sizes, churned, judged, relative, true_fp32, worst
 from cliptune_model.proving.shapes import Piece, pieces
 

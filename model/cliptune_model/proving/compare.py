@@ -14,8 +14,8 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from cliptune_model.proofs import Proof
-from cliptune_model.synchronize import synchronize
+from cliptune_model.machine.proofs import Proof
+from cliptune_model.machine.synchronize import synchronize
 
 # Right fp32 arithmetic stays below 1e-4; wrong gradients are far above 1e-2.
 FP32_LIMIT: Final = 1e-3

@@ -21,11 +21,11 @@ from torch.optim import SGD
 from cliptune.errors import ImageDecodeError
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model, load_exported
+from cliptune_model.machine.proofs import Proof
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.pixels import FORMATS, decode_image
-from cliptune_model.proofs import Proof
 from cliptune_model.proving.compare import FP32_LIMIT, Sizes, churned, judged, true_fp32, worst
 from cliptune_model.source import ModelSource
-from cliptune_model.synchronize import synchronize
 
 PROBE_MODEL = ModelSource(name="cliptune-test-vit")
 PROBE_TEXTS = ("a photo of a cat", "a solar cell", "a dog in the snow", "an X-ray of a chest")

@@ -15,9 +15,9 @@ from open_clip.transformer import ResidualAttentionBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliptune_model.proofs import Proof
+from cliptune_model.machine.proofs import Proof
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.proving.compare import FP32_LIMIT, Sizes, churned, judged, relative, true_fp32, worst
-from cliptune_model.synchronize import synchronize
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

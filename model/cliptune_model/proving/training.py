@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from cliptune_model.clip import build
-from cliptune_model.proofs import Proof
+from cliptune_model.machine.proofs import Proof
 from cliptune_model.proving.compare import FP32_LIMIT, HALF_LIMIT, Sizes, judged, relative, worst
 from cliptune_model.proving.model import PROBE_MODEL, exact_gradients, gradients
 

@@ -30,10 +30,10 @@ from cliptune.errors import CliptuneError
 from cliptune.internal.v1 import engine_pb2_grpc
 from cliptune.telemetry import LEVELS, configure_logging, configure_tracing
 from cliptune_model.attention import AttentionPlan
-from cliptune_model.device import choose_proven_device, choose_threads
-from cliptune_model.hardware import host
-from cliptune_model.policy import prepare_process
-from cliptune_model.rules import choose_serving_attention
+from cliptune_model.machine.device import choose_proven_device, choose_threads
+from cliptune_model.machine.hardware import host
+from cliptune_model.machine.policy import prepare_process
+from cliptune_model.machine.rules import choose_serving_attention
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
 from cliptune_server.engine.decode import Decoder

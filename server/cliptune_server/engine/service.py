@@ -19,7 +19,7 @@ from cliptune.errors import CliptuneError, InternalError, wire_status
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.v1 import inference_pb2
 from cliptune.wire import DETAILS_KEY, status_details, status_message
-from cliptune_model.device import device_memory_bytes
+from cliptune_model.machine.device import device_memory_bytes
 from cliptune_server.engine.batcher import Batcher
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet

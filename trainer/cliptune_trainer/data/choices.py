@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from cliptune_model.choice import Choice
-from cliptune_model.device import choose_threads
+from cliptune_model.machine.device import choose_threads
 
 # Below so many rows a process costs more to start than it saves.
 _ROWS_PER_WORKER: Final = 500

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
-from cliptune_model.workload import Workload
+from cliptune_model.machine.workload import Workload
 from cliptune_trainer.memory.count import LiveBytes
 
 # What a device holds against the bytes of live tensors: heaps, fragments, graphs. Probes correct it.

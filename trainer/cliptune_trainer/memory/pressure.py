@@ -18,8 +18,8 @@ from typing import Final
 
 import torch
 
-from cliptune_model.container import text_of
-from cliptune_model.hardware import available_bytes, host
+from cliptune_model.machine.container import text_of
+from cliptune_model.machine.hardware import available_bytes, host
 
 _INTERVAL_S: Final = 1.0
 # Less than so much free, or than this share of all, and the next who asks gets nothing.

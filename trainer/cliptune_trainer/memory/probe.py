@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cliptune_model.attention import install, uninstall
 from cliptune_model.clip import Clip
-from cliptune_model.synchronize import synchronize
+from cliptune_model.machine.synchronize import synchronize
 from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing

@@ -13,7 +13,7 @@ from typing import Final
 import open_clip
 
 from cliptune_model.clip import Clip
-from cliptune_model.workload import Tower, Workload
+from cliptune_model.machine.workload import Tower, Workload
 from cliptune_trainer.memory.estimate import OVERHEAD
 from cliptune_trainer.memory.plan import Demand, Way, gib
 

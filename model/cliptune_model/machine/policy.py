@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from cliptune_model.choice import Choice
-from cliptune_model.fit import Wishes, fit, gib
-from cliptune_model.hardware import Machine
-from cliptune_model.process import prepare_process
-from cliptune_model.proofs import UNKNOWN, Proofs
-from cliptune_model.rules import (
+from cliptune_model.machine.fit import Wishes, fit, gib
+from cliptune_model.machine.hardware import Machine
+from cliptune_model.machine.process import prepare_process
+from cliptune_model.machine.proofs import UNKNOWN, Proofs
+from cliptune_model.machine.rules import (
     ATTENTIONS,
     choose_compile,
     choose_fused_optimizer,
@@ -26,7 +26,7 @@ from cliptune_model.rules import (
     choose_threads,
     longest_sum,
 )
-from cliptune_model.workload import Tower, Workload
+from cliptune_model.machine.workload import Tower, Workload
 
 __all__ = ["Policy", "Proofs", "Tower", "Wishes", "Workload", "decide", "prepare_process"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cliptune.durable import write_atomically
-from cliptune_model.hardware import Machine
+from cliptune_model.machine.hardware import Machine
 
 _log = logging.getLogger(__name__)
 

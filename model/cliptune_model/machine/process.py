@@ -12,7 +12,7 @@ from typing import Final
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import GIB, Machine
+from cliptune_model.machine.hardware import GIB, Machine
 
 HIGH: Final = "PYTORCH_MPS_HIGH_WATERMARK_RATIO"
 LOW: Final = "PYTORCH_MPS_LOW_WATERMARK_RATIO"

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from cliptune.errors import InvalidInputError
-from cliptune_model import rules
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import Machine, available_bytes, detect, host
-from cliptune_model.proofs import UNKNOWN, Proofs, load_proofs
+from cliptune_model.machine import rules
+from cliptune_model.machine.hardware import Machine, available_bytes, detect, host
+from cliptune_model.machine.proofs import UNKNOWN, Proofs, load_proofs
 
 __all__ = [
     "choose_device",

@@ -12,8 +12,8 @@ from typing import Final
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import Machine
-from cliptune_model.proofs import UNKNOWN, Proofs
+from cliptune_model.machine.hardware import Machine
+from cliptune_model.machine.proofs import UNKNOWN, Proofs
 
 PRECISIONS: Final = ("fp32", "bf16", "fp16")
 ATTENTIONS: Final = ("sdpa", "sliced", "chunked")

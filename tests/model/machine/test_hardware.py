@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cliptune_model.container import container_limits
-from cliptune_model.device import free_memory_bytes, memory_limit_bytes, room_beside_others
-from cliptune_model.hardware import (
+from cliptune_model.machine.container import container_limits
+from cliptune_model.machine.device import free_memory_bytes, memory_limit_bytes, room_beside_others
+from cliptune_model.machine.hardware import (
     APPLE,
     GIB,
     Machine,

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from cliptune_model.container import container_limits, number_of, text_of
+from cliptune_model.machine.container import container_limits, number_of, text_of
 
 GIB: Final = 2**30
 
@@ -264,7 +264,7 @@ def timed_tflops(device: str) -> float:
     """fp32 TFLOP/s of a square matmul that is repeated for a fifth of a second."""
     import torch
 
-    from cliptune_model.synchronize import synchronize
+    from cliptune_model.machine.synchronize import synchronize
 
     a_NN = torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, device=device)
     for _ in range(3):  # compiles kernels and wakes the clock

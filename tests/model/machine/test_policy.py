@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from cliptune.errors import InvalidInputError
-from cliptune_model import rules
 from cliptune_model.attention import image_tokens
 from cliptune_model.choice import Choice
 from cliptune_model.clip import build
-from cliptune_model.hardware import GIB, Machine, with_apple_gpu
-from cliptune_model.policy import Policy, Proofs, Tower, Wishes, Workload, decide, prepare_process
-from cliptune_model.process import HIGH, LOW, watermarks
-from cliptune_model.proofs import FILE, UNKNOWN, Proof, load_proofs, save_proofs
+from cliptune_model.machine import rules
+from cliptune_model.machine.hardware import GIB, Machine, with_apple_gpu
+from cliptune_model.machine.policy import Policy, Proofs, Tower, Wishes, Workload, decide, prepare_process
+from cliptune_model.machine.process import HIGH, LOW, watermarks
+from cliptune_model.machine.proofs import FILE, UNKNOWN, Proof, load_proofs, save_proofs
+from cliptune_model.machine.workload import tower_of
 from cliptune_model.source import ModelSource
-from cliptune_model.workload import tower_of
 
 B32_TOWERS = {
     "image": Tower(layers=12, width=768, heads=12),
@@ -414,7 +414,7 @@ def test_trap_6_mps_never_compiles_and_never_takes_channels_last() -> None:
 
 
 def test_trap_9_mps_is_one_device_and_batches_are_not_pinned_for_it() -> None:
-    from cliptune_model.device import choose_device, devices
+    from cliptune_model.machine.device import choose_device, devices
 
     with pytest.raises(InvalidInputError, match="unknown device"):
         choose_device("mps:1")
@@ -509,7 +509,7 @@ def test_a_damaged_file_of_proofs_is_nothing_known(tmp_path: Path, damage: str) 
 
 def test_the_policy_needs_no_torch() -> None:
     code = (
-        "import sys, cliptune_model.policy, cliptune_model.hardware as hardware;"
+        "import sys, cliptune_model.machine.policy, cliptune_model.machine.hardware as hardware;"
         "hardware.host(); print('torch' in sys.modules)"
     )
     done = subprocess.run(

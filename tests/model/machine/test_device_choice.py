@@ -10,7 +10,7 @@ import torch
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.choice import Choice
-from cliptune_model.device import (
+from cliptune_model.machine.device import (
     choose_device,
     choose_precision,
     choose_proven_device,
@@ -19,10 +19,10 @@ from cliptune_model.device import (
     devices,
     why_no_mps,
 )
-from cliptune_model.hardware import Machine, detect
-from cliptune_model.proofs import UNKNOWN, Proof, Proofs, save_proofs
-from cliptune_model.rules import choose_serving_attention
-from cliptune_model.synchronize import synchronize
+from cliptune_model.machine.hardware import Machine, detect
+from cliptune_model.machine.proofs import UNKNOWN, Proof, Proofs, save_proofs
+from cliptune_model.machine.rules import choose_serving_attention
+from cliptune_model.machine.synchronize import synchronize
 
 ACCELERATED = torch.cuda.is_available() or torch.backends.mps.is_available()
 

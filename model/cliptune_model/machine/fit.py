@@ -12,9 +12,9 @@ from typing import Final, Literal
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.choice import Choice
-from cliptune_model.hardware import GIB, Machine
-from cliptune_model.proofs import Proof, Proofs
-from cliptune_model.rules import (
+from cliptune_model.machine.hardware import GIB, Machine
+from cliptune_model.machine.proofs import Proof, Proofs
+from cliptune_model.machine.rules import (
     ATTENTIONS,
     PRECISIONS,
     SWITCHES,
@@ -23,7 +23,7 @@ from cliptune_model.rules import (
     choose_attention,
     choose_precision,
 )
-from cliptune_model.workload import Workload
+from cliptune_model.machine.workload import Workload
 
 # A micro-batch below this leaves the device idle: half precision, then recomputing, come before going lower.
 _USEFUL_PAIRS: Final = {"mps": 24, "cuda": 24, "cpu": 4}
