@@ -205,7 +205,7 @@ class TrainSpec(google.protobuf.message.Message):
     """Stop after so many steps, whatever `epochs` says."""
     batch_size: builtins.int
     """Pairs in one contrastive batch, however little memory there is: the batch plan splits it into micro-batches
-    without changing its gradient. Default 64.
+    without changing its gradient. More than the training rows is refused. Default 64, or all rows where there are fewer.
     """
     learning_rate: builtins.float
     """Peak learning rate. Default 1e-5 for pretrained weights, 5e-4 from random ones."""

@@ -110,7 +110,7 @@ class TrainingServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ControlJob(self, request, context):
-        """Returns when the job has carried the command out.
+        """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
         FAILED_PRECONDITION names the state when the state does not allow it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

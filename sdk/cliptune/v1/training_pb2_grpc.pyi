@@ -53,7 +53,7 @@ class TrainingServiceStub:
         cliptune.v1.training_pb2.ControlJobRequest,
         cliptune.v1.training_pb2.ControlJobResponse,
     ]
-    """Returns when the job has carried the command out.
+    """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
     FAILED_PRECONDITION names the state when the state does not allow it.
     """
 
@@ -98,7 +98,7 @@ class TrainingServiceAsyncStub:
         cliptune.v1.training_pb2.ControlJobRequest,
         cliptune.v1.training_pb2.ControlJobResponse,
     ]
-    """Returns when the job has carried the command out.
+    """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
     FAILED_PRECONDITION names the state when the state does not allow it.
     """
 
@@ -155,7 +155,7 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         request: cliptune.v1.training_pb2.ControlJobRequest,
         context: _ServicerContext,
     ) -> typing.Union[cliptune.v1.training_pb2.ControlJobResponse, collections.abc.Awaitable[cliptune.v1.training_pb2.ControlJobResponse]]:
-        """Returns when the job has carried the command out.
+        """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
         FAILED_PRECONDITION names the state when the state does not allow it.
         """
 
