@@ -22,7 +22,10 @@ from torch.nn import functional as F
 
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
+from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
+from cliptune_model.compiled import compile_towers
+from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.accumulation import accumulate, parts_of
@@ -152,6 +155,10 @@ class Bench:
         self.device, self.case = device, case
         self.clip = build(ModelSource(name=case.model), device=device)
         self.clip.model.train()
+        # As the trainer sets the towers up: uncompiled, a small part waits for the host, not for the GPU.
+        make_lean(self.clip, choose_lean(self.clip))
+        compiled = "on" if device == "cuda" else "off"
+        compile_towers(self.clip, Choice(subject="compile", value=compiled, reason="as the trainer's"))
         self.precision = Precision(precision, device)
         self.batch = noise(self.clip, case.batch)
         tiling = choose_tiling(

@@ -1,6 +1,6 @@
 """Memory of a training step by the way attention is computed: counted on fake tensors, or measured on CUDA.
 
-Enters: a `Case`. Leaves: bytes. Called by `bench.memory` and by the tests. The peer is torch's math
+Enters: a `Case`. Leaves: bytes. Called by `bench.attention` and by the tests. The peer is torch's math
 attention, which keeps all scores for the backward pass: what Apple's GPU has in training.
 
 Fake tensors are counted as a GPU under autocast would hold them: norms in fp32, all else in half precision.

@@ -23,6 +23,7 @@ from bench.turns import medians
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.compiled import compile_towers
+from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.dataset import Pairs
@@ -86,6 +87,7 @@ def fed_steps(setting: Setting, workers: int, steps: int) -> list[Columns]:
     """Pairs a second of whole steps, on batches that lie ready and on those of the loader."""
     cuda = setting.device == "cuda"
     clip = build(ModelSource(name=setting.model), device=setting.device)
+    make_lean(clip, choose_lean(clip))
     compile_towers(clip, Choice(subject="compile", value="on" if cuda else "off", reason="the benchmark's"))
     precision = Precision("bf16" if cuda else "fp32", setting.device)
     optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=0.1)
