@@ -19,12 +19,12 @@ from cliptune_model.attention import AttentionPlan
 
 MIB: Final = 1 << 20
 PLANS: Final = (
-    AttentionPlan(mode="sdpa", budget_bytes=0),
+    AttentionPlan(mode="sdpa", budget_bytes=1),
     AttentionPlan(mode="sliced", budget_bytes=64 * MIB),
     AttentionPlan(mode="chunked", budget_bytes=64 * MIB),
 )
 LONG_PLANS: Final = (
-    AttentionPlan(mode="sdpa", budget_bytes=0),
+    AttentionPlan(mode="sdpa", budget_bytes=1),
     AttentionPlan(mode="chunked", budget_bytes=256 * MIB),
 )
 PAIRS: Final = 4
