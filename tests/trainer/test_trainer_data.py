@@ -15,6 +15,7 @@ from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group
 from cliptune_trainer.data.table import Pair, read_table
 from cliptune_trainer.spec import DataConfig
+from tests.trainer.batches import same
 
 ANYWHERE = DataRoots()
 
@@ -177,16 +178,6 @@ def pairs(folder: Path, rows: int = 12) -> Pairs:
             Pair(row=row + 1, image=folder / f"{row}.png", reference="", caption=f"tile {row // 2}")
             for row in range(rows)
         ]
-    )
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return (
-        (one.epoch, one.index) == (other.epoch, other.index)
-        and torch.equal(one.images_B3HW[:], other.images_B3HW[:])
-        and torch.equal(one.tokens_BL, other.tokens_BL)
-        and torch.equal(one.image_ids_B, other.image_ids_B)
-        and torch.equal(one.caption_ids_B, other.caption_ids_B)
     )
 
 

@@ -26,6 +26,7 @@ from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.shared import NamedBytes
 from cliptune_trainer.data.table import Pair
+from tests.trainer.batches import same
 
 CPU = torch.device("cpu")
 CONFIG: dict[str, Any] = {
@@ -122,16 +123,6 @@ def pairs(folder: Path, rows: int = 12) -> Pairs:
             )
             for row in range(rows)
         ]
-    )
-
-
-def same(one: Batch, other: Batch) -> bool:
-    return (
-        (one.epoch, one.index) == (other.epoch, other.index)
-        and torch.equal(one.images_B3HW[:], other.images_B3HW[:])
-        and torch.equal(one.tokens_BL, other.tokens_BL)
-        and torch.equal(one.image_ids_B, other.image_ids_B)
-        and torch.equal(one.caption_ids_B, other.caption_ids_B)
     )
 
 
