@@ -121,6 +121,7 @@ class JobPlan(google.protobuf.message.Message):
     ATTENTION_FIELD_NUMBER: builtins.int
     CHECKPOINTING_FIELD_NUMBER: builtins.int
     MEMORY_BUDGET_BYTES_FIELD_NUMBER: builtins.int
+    SPEC_FIELD_NUMBER: builtins.int
     device: builtins.str
     precision: builtins.str
     train_samples: builtins.int
@@ -148,6 +149,10 @@ class JobPlan(google.protobuf.message.Message):
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
     def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Decision]: ...
+    @property
+    def spec(self) -> cliptune.v1.spec_pb2.JobSpec:
+        """The whole spec as it will run: defaults, domain recipe and what was asked for, one over the other."""
+
     def __init__(
         self,
         *,
@@ -169,8 +174,10 @@ class JobPlan(google.protobuf.message.Message):
         attention: builtins.str = ...,
         checkpointing: builtins.bool = ...,
         memory_budget_bytes: builtins.int = ...,
+        spec: cliptune.v1.spec_pb2.JobSpec | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["attention", b"attention", "bad_rows", b"bad_rows", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "decisions", b"decisions", "device", b"device", "distinct_captions", b"distinct_captions", "estimated_memory_bytes", b"estimated_memory_bytes", "estimated_seconds", b"estimated_seconds", "labels", b"labels", "memory_budget_bytes", b"memory_budget_bytes", "micro_batch_size", b"micro_batch_size", "parameters", b"parameters", "precision", b"precision", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_samples", b"train_samples", "validation_samples", b"validation_samples"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["spec", b"spec"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attention", b"attention", "bad_rows", b"bad_rows", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "decisions", b"decisions", "device", b"device", "distinct_captions", b"distinct_captions", "estimated_memory_bytes", b"estimated_memory_bytes", "estimated_seconds", b"estimated_seconds", "labels", b"labels", "memory_budget_bytes", b"memory_budget_bytes", "micro_batch_size", b"micro_batch_size", "parameters", b"parameters", "precision", b"precision", "spec", b"spec", "steps_per_epoch", b"steps_per_epoch", "total_steps", b"total_steps", "train_samples", b"train_samples", "validation_samples", b"validation_samples"]) -> None: ...
 
 global___JobPlan = JobPlan
 
@@ -427,16 +434,57 @@ class Evaluation(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class IntervalsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> global___Interval: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: global___Interval | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     STEP_FIELD_NUMBER: builtins.int
     OCCASION_FIELD_NUMBER: builtins.int
     METRICS_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
+    INTERVALS_FIELD_NUMBER: builtins.int
+    CLASSES_FIELD_NUMBER: builtins.int
+    CONFUSION_FIELD_NUMBER: builtins.int
+    MAIN_METRIC_FIELD_NUMBER: builtins.int
+    PICTURES_FIELD_NUMBER: builtins.int
     step: builtins.int
     occasion: builtins.str
     """"before", "during", "after" or "requested"."""
     samples: builtins.int
+    main_metric: builtins.str
+    """The metric that says how good the model is."""
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    @property
+    def intervals(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Interval]:
+        """95 % bootstrap intervals of metrics, by the same names."""
+
+    @property
+    def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClassResult]: ...
+    @property
+    def confusion(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """[C, C] counts, row by row: row i holds the samples whose label is `classes[i]`, column j those taken for
+        `classes[j]`. Empty where images have several labels.
+        """
+
+    @property
+    def pictures(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Pictures in the job's folder, such as "pictures/confusion-00000120.png"."""
+
     def __init__(
         self,
         *,
@@ -444,10 +492,65 @@ class Evaluation(google.protobuf.message.Message):
         occasion: builtins.str = ...,
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         samples: builtins.int = ...,
+        intervals: collections.abc.Mapping[builtins.str, global___Interval] | None = ...,
+        classes: collections.abc.Iterable[global___ClassResult] | None = ...,
+        confusion: collections.abc.Iterable[builtins.int] | None = ...,
+        main_metric: builtins.str = ...,
+        pictures: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["metrics", b"metrics", "occasion", b"occasion", "samples", b"samples", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["classes", b"classes", "confusion", b"confusion", "intervals", b"intervals", "main_metric", b"main_metric", "metrics", b"metrics", "occasion", b"occasion", "pictures", b"pictures", "samples", b"samples", "step", b"step"]) -> None: ...
 
 global___Evaluation = Evaluation
+
+@typing.final
+class Interval(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    low: builtins.float
+    high: builtins.float
+    def __init__(
+        self,
+        *,
+        low: builtins.float = ...,
+        high: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["high", b"high", "low", b"low"]) -> None: ...
+
+global___Interval = Interval
+
+@typing.final
+class ClassResult(google.protobuf.message.Message):
+    """How one class fares. What cannot be judged (no sample, or only samples of it) is NaN."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LABEL_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    RECALL_FIELD_NUMBER: builtins.int
+    AUROC_FIELD_NUMBER: builtins.int
+    AVERAGE_PRECISION_FIELD_NUMBER: builtins.int
+    label: builtins.str
+    samples: builtins.int
+    precision: builtins.float
+    recall: builtins.float
+    auroc: builtins.float
+    average_precision: builtins.float
+    def __init__(
+        self,
+        *,
+        label: builtins.str = ...,
+        samples: builtins.int = ...,
+        precision: builtins.float = ...,
+        recall: builtins.float = ...,
+        auroc: builtins.float = ...,
+        average_precision: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["auroc", b"auroc", "average_precision", b"average_precision", "label", b"label", "precision", b"precision", "recall", b"recall", "samples", b"samples"]) -> None: ...
+
+global___ClassResult = ClassResult
 
 @typing.final
 class CheckpointSaved(google.protobuf.message.Message):

@@ -29,8 +29,13 @@ class JobSpec(google.protobuf.message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     PUBLISH_FIELD_NUMBER: builtins.int
     RESOURCES_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Shown in lists and part of the job's id. Letters, digits, "-", "_", "."; at most 64."""
+    domain: builtins.str
+    """A domain recipe: "general", "medical", "industrial" or "scientific". What it says holds where this spec is
+    silent. Empty: none.
+    """
     @property
     def model(self) -> global___ModelSpec: ...
     @property
@@ -59,9 +64,10 @@ class JobSpec(google.protobuf.message.Message):
         checkpoint: global___CheckpointSpec | None = ...,
         publish: global___PublishSpec | None = ...,
         resources: global___ResourceSpec | None = ...,
+        domain: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train"]) -> None: ...
 
 global___JobSpec = JobSpec
 
@@ -71,9 +77,27 @@ class ModelSpec(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class SimilarityParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     PRETRAINED_FIELD_NUMBER: builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
+    SIMILARITY_FIELD_NUMBER: builtins.int
+    SIMILARITY_PARAMETERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """An open_clip architecture ("ViT-B-32"), "hf-hub:ORG/REPO", "local-dir:PATH", a configuration shipped with
     cliptune ("cliptune-tiny-vit"), or a published model ("registry:NAME", "registry:NAME@ALIAS",
@@ -85,15 +109,26 @@ class ModelSpec(google.protobuf.message.Message):
     """Tokens of a text, up to 248. More than the model has: its first positions are kept, the rest interpolated
     (Long-CLIP), so that longer captions are read whole. Default: the model's own.
     """
+    similarity: builtins.str
+    """How alike embeddings are: "cosine", "dot", "squared_euclidean", "angular", "mahalanobis" (learned), "lorentz"
+    (MERU), or a user's own. Loss, evaluation and serving use the same one. Default: the model's own, which is
+    "cosine" unless its manifest says otherwise.
+    """
+    @property
+    def similarity_parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """By name, such as {"curvature": 1.0}."""
+
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         pretrained: builtins.str = ...,
         context_length: builtins.int | None = ...,
+        similarity: builtins.str = ...,
+        similarity_parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length", "name", b"name", "pretrained", b"pretrained"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length", "name", b"name", "pretrained", b"pretrained", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_context_length", b"_context_length"]) -> typing.Literal["context_length"] | None: ...
 
 global___ModelSpec = ModelSpec
@@ -117,9 +152,17 @@ class DataSpec(google.protobuf.message.Message):
     AUGMENTATION_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
     DECODE_FIELD_NUMBER: builtins.int
+    CAPTION_TEMPLATES_FIELD_NUMBER: builtins.int
+    LABEL_SEPARATOR_FIELD_NUMBER: builtins.int
+    DUPLICATES_FIELD_NUMBER: builtins.int
+    LEAKAGE_FIELD_NUMBER: builtins.int
+    READING_FIELD_NUMBER: builtins.int
+    AUGMENT_FIELD_NUMBER: builtins.int
     train: builtins.str
-    """A CSV or TSV file (".tsv") with a header row; or tar shards in WebDataset's layout (NAME.jpg with NAME.txt or
-    NAME.json): one ".tar", a pattern ("shards/{000..127}.tar", "shards/*.tar") or a folder of them.
+    """A CSV or TSV file (".tsv") with a header row; JSON lines (".jsonl"); a folder with a folder of images for each
+    class; tar shards in WebDataset's layout (NAME.jpg with NAME.txt or NAME.json): one ".tar", a pattern
+    ("shards/{000..127}.tar", "shards/*.tar") or a folder of them; a Hugging Face data set's folder (parquet with
+    image bytes); or "dataset:NAME", uploaded to the daemon.
     """
     validation: builtins.str
     """A second one of the same forms. Empty: rows of `train` chosen by `split_column` or `validation_fraction`."""
@@ -142,7 +185,7 @@ class DataSpec(google.protobuf.message.Message):
     max_bad_fraction: builtins.float
     """Share of unreadable rows that is skipped with a notice; above it the job fails. Default 0.01."""
     augmentation: builtins.str
-    """"none", "flip" or "crop". Default "none"."""
+    """"none", "flip" or "crop": short for an `augment` of that kind. Default "none"."""
     workers: builtins.int
     """Loader processes; 0: rows are read in the trainer itself, in threads. Default: by device, cores and rows."""
     decode: builtins.str
@@ -150,6 +193,26 @@ class DataSpec(google.protobuf.message.Message):
     twice the needed size or more is decoded at a half, a quarter or an eighth of it. "auto": fast where a GPU
     waits for images. Evaluation is always exact. Default "auto".
     """
+    label_separator: builtins.str
+    """What parts the labels of one image from each other ("|"). Empty: an image has one label."""
+    duplicates: builtins.str
+    """Images of equal content under several names: "notice", "drop" (all but the first) or "refuse".
+    Default "notice".
+    """
+    leakage: builtins.str
+    """A group or an image's content in both splits: "refuse" or "notice". Default "refuse" for a split that the data
+    names, as one made here never parts them.
+    """
+    @property
+    def caption_templates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Captions of rows without one, from their label: "a photo of a {label}". Several: one is drawn each time."""
+
+    @property
+    def reading(self) -> global___ReadingSpec: ...
+    @property
+    def augment(self) -> global___AugmentSpec:
+        """Changes to training images, drawn anew each time. Unset: as `augmentation` says."""
+
     def __init__(
         self,
         *,
@@ -166,9 +229,15 @@ class DataSpec(google.protobuf.message.Message):
         augmentation: builtins.str = ...,
         workers: builtins.int | None = ...,
         decode: builtins.str = ...,
+        caption_templates: collections.abc.Iterable[builtins.str] | None = ...,
+        label_separator: builtins.str = ...,
+        duplicates: builtins.str = ...,
+        leakage: builtins.str = ...,
+        reading: global___ReadingSpec | None = ...,
+        augment: global___AugmentSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "max_bad_fraction", b"max_bad_fraction", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "augmentation", b"augmentation", "caption_column", b"caption_column", "decode", b"decode", "group_column", b"group_column", "image_column", b"image_column", "image_root", b"image_root", "label_column", b"label_column", "max_bad_fraction", b"max_bad_fraction", "split_column", b"split_column", "train", b"train", "validation", b"validation", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "augment", b"augment", "max_bad_fraction", b"max_bad_fraction", "reading", b"reading", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_bad_fraction", b"_max_bad_fraction", "_validation_fraction", b"_validation_fraction", "_workers", b"_workers", "augment", b"augment", "augmentation", b"augmentation", "caption_column", b"caption_column", "caption_templates", b"caption_templates", "decode", b"decode", "duplicates", b"duplicates", "group_column", b"group_column", "image_column", b"image_column", "image_root", b"image_root", "label_column", b"label_column", "label_separator", b"label_separator", "leakage", b"leakage", "max_bad_fraction", b"max_bad_fraction", "reading", b"reading", "split_column", b"split_column", "train", b"train", "validation", b"validation", "validation_fraction", b"validation_fraction", "workers", b"workers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_bad_fraction", b"_max_bad_fraction"]) -> typing.Literal["max_bad_fraction"] | None: ...
     @typing.overload
@@ -177,6 +246,81 @@ class DataSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_workers", b"_workers"]) -> typing.Literal["workers"] | None: ...
 
 global___DataSpec = DataSpec
+
+@typing.final
+class ReadingSpec(google.protobuf.message.Message):
+    """How images that are more than 8-bit RGB become RGB."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WINDOW_FIELD_NUMBER: builtins.int
+    CHANNELS_FIELD_NUMBER: builtins.int
+    window: builtins.str
+    """Of DICOM and 16-bit images: "file" (the window that a DICOM file names, else its whole range), "range" (lowest to
+    highest value), "percentile" (1st to 99th), "full" (all that the format can hold), or "CENTER,WIDTH" in the
+    file's unit after rescaling, such as Hounsfield units. Default "file".
+    """
+    @property
+    def channels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Of images with more than one plane: which become red, green and blue, from 0; one: a grey image.
+        Default: the first three, or the first.
+        """
+
+    def __init__(
+        self,
+        *,
+        window: builtins.str = ...,
+        channels: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "window", b"window"]) -> None: ...
+
+global___ReadingSpec = ReadingSpec
+
+@typing.final
+class AugmentSpec(google.protobuf.message.Message):
+    """Random changes that keep a caption true. What is unset or 0 is not done."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FLIP_HORIZONTAL_FIELD_NUMBER: builtins.int
+    FLIP_VERTICAL_FIELD_NUMBER: builtins.int
+    ROTATE_QUARTER_FIELD_NUMBER: builtins.int
+    ROTATE_DEGREES_FIELD_NUMBER: builtins.int
+    CROP_MIN_AREA_FIELD_NUMBER: builtins.int
+    BRIGHTNESS_FIELD_NUMBER: builtins.int
+    CONTRAST_FIELD_NUMBER: builtins.int
+    SATURATION_FIELD_NUMBER: builtins.int
+    HUE_FIELD_NUMBER: builtins.int
+    flip_horizontal: builtins.bool
+    flip_vertical: builtins.bool
+    rotate_quarter: builtins.bool
+    """By 0, 90, 180 or 270 degrees."""
+    rotate_degrees: builtins.float
+    """By any angle of at most so many degrees either way; the border is repeated."""
+    crop_min_area: builtins.float
+    """A crop keeps at least this share of the area. 0 or 1: the whole image."""
+    brightness: builtins.float
+    """Brightness and contrast are multiplied by up to 1 ± this."""
+    contrast: builtins.float
+    saturation: builtins.float
+    """Saturation is multiplied by up to 1 ± this; the hue turns by up to ± this share of the circle, at most 0.5."""
+    hue: builtins.float
+    def __init__(
+        self,
+        *,
+        flip_horizontal: builtins.bool = ...,
+        flip_vertical: builtins.bool = ...,
+        rotate_quarter: builtins.bool = ...,
+        rotate_degrees: builtins.float = ...,
+        crop_min_area: builtins.float = ...,
+        brightness: builtins.float = ...,
+        contrast: builtins.float = ...,
+        saturation: builtins.float = ...,
+        hue: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["brightness", b"brightness", "contrast", b"contrast", "crop_min_area", b"crop_min_area", "flip_horizontal", b"flip_horizontal", "flip_vertical", b"flip_vertical", "hue", b"hue", "rotate_degrees", b"rotate_degrees", "rotate_quarter", b"rotate_quarter", "saturation", b"saturation"]) -> None: ...
+
+global___AugmentSpec = AugmentSpec
 
 @typing.final
 class TrainSpec(google.protobuf.message.Message):
@@ -283,25 +427,127 @@ class LossSpec(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     TILING_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    TERMS_FIELD_NUMBER: builtins.int
+    WEIGHTING_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    LOGIT_SCALE_FIELD_NUMBER: builtins.int
+    MAX_LOGIT_SCALE_FIELD_NUMBER: builtins.int
+    MATRYOSHKA_DIMS_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """"infonce" (CLIP), "sigmoid" (SigLIP) or "multi_positive" (rows with one caption are positives of each other).
+    """"infonce" (CLIP), "sigmoid" (SigLIP), "multi_positive" (SupCon, UniCL), "soft_target" (MedCLIP),
+    "hard_negative" (HN-NCE), "hard_caption" (NegCLIP), "decoupled" (DCL), "cyclip", "margin", "distillation" (towards
+    the starting model), or a user's own: an entry point's name, or "FILE.py:NAME" where the daemon allows it.
     Default "infonce".
     """
     tiling: builtins.str
     """Compute the loss a block at a time: "auto" (for batches whose logits are large), "on" or "off".
     Default "auto".
     """
+    weighting: builtins.str
+    """How terms are weighed: "fixed", or "uncertainty" (learned; Kendall et al. 2018). Default "fixed"."""
+    temperature: builtins.str
+    """"learned" (one logit scale, within [1, `max_logit_scale`]), "fixed", or "global" (FastCLIP's learned temperature
+    with a floor). Default "learned".
+    """
+    logit_scale: builtins.float
+    """First value of the logit scale, 1 / temperature. Default: the model's."""
+    max_logit_scale: builtins.float
+    """Default 100."""
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Of the named loss, such as {"margin": 0.2}."""
+
+    @property
+    def terms(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LossTerm]:
+        """Several losses, added with their weights. In place of `name`."""
+
+    @property
+    def matryoshka_dims(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The loss is also taken over the first so many dimensions, each as much as the whole (Matryoshka)."""
+
     def __init__(
         self,
         *,
         name: builtins.str = ...,
         tiling: builtins.str = ...,
+        parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        terms: collections.abc.Iterable[global___LossTerm] | None = ...,
+        weighting: builtins.str = ...,
+        temperature: builtins.str = ...,
+        logit_scale: builtins.float | None = ...,
+        max_logit_scale: builtins.float | None = ...,
+        matryoshka_dims: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "tiling", b"tiling"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_logit_scale", b"_logit_scale", "_max_logit_scale", b"_max_logit_scale", "logit_scale", b"logit_scale", "max_logit_scale", b"max_logit_scale"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_logit_scale", b"_logit_scale", "_max_logit_scale", b"_max_logit_scale", "logit_scale", b"logit_scale", "matryoshka_dims", b"matryoshka_dims", "max_logit_scale", b"max_logit_scale", "name", b"name", "parameters", b"parameters", "temperature", b"temperature", "terms", b"terms", "tiling", b"tiling", "weighting", b"weighting"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_logit_scale", b"_logit_scale"]) -> typing.Literal["logit_scale"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_logit_scale", b"_max_logit_scale"]) -> typing.Literal["max_logit_scale"] | None: ...
 
 global___LossSpec = LossSpec
+
+@typing.final
+class LossTerm(google.protobuf.message.Message):
+    """One loss of several."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NAME_FIELD_NUMBER: builtins.int
+    WEIGHT_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    weight: builtins.float
+    """Default 1."""
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        weight: builtins.float | None = ...,
+        parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_weight", b"_weight", "weight", b"weight"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_weight", b"_weight", "name", b"name", "parameters", b"parameters", "weight", b"weight"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_weight", b"_weight"]) -> typing.Literal["weight"] | None: ...
+
+global___LossTerm = LossTerm
 
 @typing.final
 class ClassPrompts(google.protobuf.message.Message):
@@ -311,16 +557,24 @@ class ClassPrompts(google.protobuf.message.Message):
 
     LABEL_FIELD_NUMBER: builtins.int
     PROMPTS_FIELD_NUMBER: builtins.int
+    NEGATIVE_PROMPTS_FIELD_NUMBER: builtins.int
     label: builtins.str
     @property
     def prompts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
+    @property
+    def negative_prompts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """What is said of an image without it ("no finding"). With them the class is judged by itself: softmax over the
+        prompts for and against it, for images with several labels. Only in evaluation.
+        """
+
     def __init__(
         self,
         *,
         label: builtins.str = ...,
         prompts: collections.abc.Iterable[builtins.str] | None = ...,
+        negative_prompts: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["label", b"label", "prompts", b"prompts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["label", b"label", "negative_prompts", b"negative_prompts", "prompts", b"prompts"]) -> None: ...
 
 global___ClassPrompts = ClassPrompts
 
@@ -330,16 +584,50 @@ class EvaluationSpec(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelNamesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     CLASSES_FIELD_NUMBER: builtins.int
     EVERY_EPOCHS_FIELD_NUMBER: builtins.int
     BATCH_SIZE_FIELD_NUMBER: builtins.int
+    PROMPT_TEMPLATES_FIELD_NUMBER: builtins.int
+    LABEL_NAMES_FIELD_NUMBER: builtins.int
+    MAIN_METRIC_FIELD_NUMBER: builtins.int
+    BOOTSTRAP_SAMPLES_FIELD_NUMBER: builtins.int
     every_epochs: builtins.int
     """Evaluate every so many epochs; 0: only before and after. Default 1."""
     batch_size: builtins.int
     """Default 64."""
+    main_metric: builtins.str
+    """The metric that says how good the model is, such as "zero_shot/balanced_accuracy". Default: macro AUROC where
+    there are labels, else recall@1 of text from image.
+    """
+    bootstrap_samples: builtins.int
+    """Resamples behind an interval; 0: no intervals. Default 1000, after training only."""
     @property
     def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClassPrompts]:
         """Classes with prompts. Empty: the labels found in the data in "a photo of a {label}"."""
+
+    @property
+    def prompt_templates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Of classes without prompts of their own: "a photo of a {label}". Several are averaged."""
+
+    @property
+    def label_names(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Names for labels in prompts: {"bcc": "basal cell carcinoma"}."""
 
     def __init__(
         self,
@@ -347,11 +635,17 @@ class EvaluationSpec(google.protobuf.message.Message):
         classes: collections.abc.Iterable[global___ClassPrompts] | None = ...,
         every_epochs: builtins.int | None = ...,
         batch_size: builtins.int | None = ...,
+        prompt_templates: collections.abc.Iterable[builtins.str] | None = ...,
+        label_names: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        main_metric: builtins.str = ...,
+        bootstrap_samples: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "every_epochs", b"every_epochs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "classes", b"classes", "every_epochs", b"every_epochs"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "every_epochs", b"every_epochs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "classes", b"classes", "every_epochs", b"every_epochs", "label_names", b"label_names", "main_metric", b"main_metric", "prompt_templates", b"prompt_templates"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_bootstrap_samples", b"_bootstrap_samples"]) -> typing.Literal["bootstrap_samples"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_every_epochs", b"_every_epochs"]) -> typing.Literal["every_epochs"] | None: ...
 
