@@ -1,0 +1,60 @@
+"""Where image-caption pairs come from: the spec's `[data]`, typed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from cliptune.v1 import spec_pb2
+from cliptune_trainer.spec.check import one_of, within, wrong
+
+AUGMENTATIONS: Final = ("none", "flip", "crop")
+DECODES: Final = ("auto", "exact", "fast")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where image-caption pairs come from."""
+
+    train: str
+    validation: str = ""
+    image_root: str = ""
+    image_column: str = "image"
+    caption_column: str = "caption"
+    label_column: str = ""
+    split_column: str = ""
+    group_column: str = ""
+    validation_fraction: float = 0.1
+    max_bad_fraction: float = 0.01
+    augmentation: str = "none"
+    workers: int | None = None  # chosen by device, cores and rows
+    decode: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise wrong("data.train", "empty", "a CSV or TSV file with a header row, or tar shards")
+        within("data.validation_fraction", self.validation_fraction, 0.0, 0.9)
+        within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
+        if self.workers is not None:
+            within("data.workers", self.workers, 0, 256)
+        one_of("data.decode", self.decode, DECODES)
+
+
+def data_config(data: spec_pb2.DataSpec) -> DataConfig:
+    """The typed form of a `DataSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    return DataConfig(
+        train=data.train,
+        validation=data.validation,
+        image_root=data.image_root,
+        image_column=data.image_column or "image",
+        caption_column=data.caption_column or "caption",
+        label_column=data.label_column,
+        split_column=data.split_column,
+        group_column=data.group_column,
+        validation_fraction=data.validation_fraction if data.HasField("validation_fraction") else 0.1,
+        max_bad_fraction=data.max_bad_fraction if data.HasField("max_bad_fraction") else 0.01,
+        augmentation=data.augmentation or "none",
+        workers=data.workers if data.HasField("workers") else None,
+        decode=data.decode or "auto",
+    )

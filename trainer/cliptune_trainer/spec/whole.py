@@ -1,0 +1,53 @@
+"""A whole job: the parts of a spec together.
+
+Enters: a `JobSpec` message. Leaves: a `Spec`. Called by `prepare` and `run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cliptune.v1 import spec_pb2
+from cliptune_model.source import ModelSource
+from cliptune_trainer.losses import LOSSES, TILINGS
+from cliptune_trainer.spec.check import one_of
+from cliptune_trainer.spec.checkpoint import CheckpointConfig, checkpoint_config
+from cliptune_trainer.spec.data import DataConfig, data_config
+from cliptune_trainer.spec.evaluation import EvaluationConfig, evaluation_config
+from cliptune_trainer.spec.model import model_source
+from cliptune_trainer.spec.resources import ResourceConfig, resources_config
+from cliptune_trainer.spec.train import TrainConfig, train_config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spec:
+    """A whole job, checked."""
+
+    name: str
+    model: ModelSource
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: str = "infonce"
+    tiling: str = "auto"
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+
+    def __post_init__(self) -> None:
+        one_of("loss.name", self.loss, tuple(LOSSES))
+        one_of("loss.tiling", self.tiling, TILINGS)
+
+
+def from_proto(message: spec_pb2.JobSpec) -> Spec:
+    """The typed form of a `JobSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    return Spec(
+        name=message.name,
+        model=model_source(message.model),
+        data=data_config(message.data),
+        train=train_config(message.train),
+        loss=message.loss.name or "infonce",
+        tiling=message.loss.tiling or "auto",
+        evaluation=evaluation_config(message.evaluation),
+        checkpoint=checkpoint_config(message.checkpoint),
+        resources=resources_config(message.resources),
+    )
