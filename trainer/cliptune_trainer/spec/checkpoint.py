@@ -22,7 +22,7 @@ class CheckpointConfig:
 
 
 def checkpoint_config(checkpoint: spec_pb2.CheckpointSpec) -> CheckpointConfig:
-    """The typed form of a `CheckpointSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    """The typed form of `CheckpointSpec`; unset fields take their documented defaults. Raises `SpecError`."""
     return CheckpointConfig(
         every_steps=checkpoint.every_steps if checkpoint.HasField("every_steps") else None,
         keep=checkpoint.keep if checkpoint.HasField("keep") else 2,

@@ -42,7 +42,7 @@ class DataConfig:
 
 
 def data_config(data: spec_pb2.DataSpec) -> DataConfig:
-    """The typed form of a `DataSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    """The typed form of `DataSpec`; unset fields take their documented defaults. Raises `SpecError`."""
     return DataConfig(
         train=data.train,
         validation=data.validation,

@@ -37,7 +37,7 @@ class EvaluationConfig:
 
 
 def evaluation_config(evaluation: spec_pb2.EvaluationSpec) -> EvaluationConfig:
-    """The typed form of a `EvaluationSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    """The typed form of `EvaluationSpec`; unset fields take their documented defaults. Raises `SpecError`."""
     return EvaluationConfig(
         classes=tuple(
             ClassConfig(label=entry.label, prompts=tuple(entry.prompts) or (default_prompt(entry.label),))

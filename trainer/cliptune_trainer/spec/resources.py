@@ -35,7 +35,7 @@ class ResourceConfig:
 
 
 def resources_config(resources: spec_pb2.ResourceSpec) -> ResourceConfig:
-    """The typed form of a `ResourceSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    """The typed form of `ResourceSpec`; unset fields take their documented defaults. Raises `SpecError`."""
     return ResourceConfig(
         device=resources.device or "auto",
         threads=resources.threads if resources.HasField("threads") else None,

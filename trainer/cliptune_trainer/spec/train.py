@@ -57,7 +57,7 @@ class TrainConfig:
 
 
 def train_config(train: spec_pb2.TrainSpec) -> TrainConfig:
-    """The typed form of a `TrainSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    """The typed form of `TrainSpec`; unset fields take their documented defaults. Raises `SpecError`."""
     return TrainConfig(
         epochs=train.epochs if train.HasField("epochs") else 5,
         max_steps=train.max_steps if train.HasField("max_steps") else None,
