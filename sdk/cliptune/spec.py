@@ -171,7 +171,9 @@ def _fill(message: Any, mapping: object, path: str) -> None:
         here = f"{path}.{field.name}" if path else field.name
         if value is None:  # JSON's and YAML's way to leave a field out
             continue
-        if _is_repeated(field):
+        if _is_map(field):
+            _fill_map(field, getattr(message, field.name), value, here)
+        elif _is_repeated(field):
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise wrong_value(here, value, "a list")
             items = getattr(message, field.name)
@@ -187,6 +189,19 @@ def _fill(message: Any, mapping: object, path: str) -> None:
             _fill(inner, value, here)
         else:
             setattr(message, field.name, _scalar(field, value, here))
+
+
+def _fill_map(field: FieldDescriptor, entries: Any, value: object, path: str) -> None:
+    """Keys are texts; values are texts or numbers, as the contract has them."""
+    if not isinstance(value, Mapping):
+        raise wrong_value(path, value, "a table of names and values")
+    of_values = field.message_type.fields_by_name["value"]
+    for key, item in value.items():
+        entries[str(key)] = _scalar(of_values, item, f"{path}.{key}")
+
+
+def _is_map(field: FieldDescriptor) -> bool:
+    return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
 def _is_repeated(field: FieldDescriptor) -> bool:

@@ -71,6 +71,21 @@ def test_camel_case_names_of_the_json_form_are_understood() -> None:
     assert spec_from_mapping({**BASE, "train": {"batchSize": 8}}).train.batch_size == 8
 
 
+def test_tables_of_names_and_values_come_through_whole() -> None:
+    spec = spec_from_mapping(
+        {
+            **BASE,
+            "loss": {"parameters": {"margin": 0.2}},
+            "evaluation": {"label_names": {"bcc": "basal cell carcinoma"}},
+        }
+    )
+    assert dict(spec.loss.parameters) == {"margin": 0.2}
+    assert dict(spec.evaluation.label_names) == {"bcc": "basal cell carcinoma"}
+    assert spec_from_mapping(spec_to_mapping(spec)) == spec
+    assert refused('loss.parameters.margin="wide"').metadata["path"] == "loss.parameters.margin"
+    assert refused("loss.parameters=3").metadata["path"] == "loss.parameters"
+
+
 def test_settings_change_the_file_in_order(tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text(TOML)
     settings = ["train.epochs=3", "train.epochs=4", 'publish.aliases=["a", "b"]', "loss.name=multi_positive"]
