@@ -85,8 +85,8 @@ def test_the_version_is_the_distribution_s() -> None:
 
 def test_both_clients_have_the_same_methods_with_the_same_arguments_and_words() -> None:
     for left, right in ((Client, AsyncClient), (Session, AsyncSession)):
-        methods = {name for name in vars(left) if not name.startswith("_")}
-        assert methods == {name for name in vars(right) if not name.startswith("_")}
+        methods = {name for name in dir(left) if not name.startswith("_")}
+        assert methods == {name for name in dir(right) if not name.startswith("_")}
         for name in methods - {"address"}:
             ours, theirs = getattr(left, name), getattr(right, name)
             if not callable(ours):

@@ -1,0 +1,142 @@
+"""Inference, asynchronously: embeddings and what follows from them. Part of `AsyncClient`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+import cliptune.bulk as bulk
+import cliptune.bulk_feed_aio as bulk_feed_aio
+import cliptune.inference_codec as inference_codec
+from cliptune.aio.connection import AsyncConnection
+from cliptune.errors import CliptuneError
+from cliptune.images import ImageInput
+from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError
+from cliptune.progress import bulk_bar
+from cliptune.results import Classifications, Embedded, Embeddings, PairScores, Similarity
+from cliptune.v1 import inference_pb2
+
+
+class AsyncInferenceCalls(AsyncConnection):
+    """InferenceService."""
+
+    async def embed_images(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """Unit vectors [N, D], float32, of images: paths, bytes, Pillow, numpy or torch (`image_message`).
+
+        Long lists go out in several requests, all answered by one version of the model. A failed item raises
+        its own error, with `index` in its metadata; with on_error="return" its row is NaN and `.errors` lists
+        it.
+        """
+        return await self._embed(EmbedPlan("images", images, model, on_error), timeout_s)
+
+    async def embed_texts(
+        self,
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Embeddings:
+        """Unit vectors [N, D], float32, of texts. Long lists and failed items: as `embed_images`."""
+        return await self._embed(EmbedPlan("texts", texts, model, on_error), timeout_s)
+
+    async def similarity(
+        self,
+        images: Sequence[ImageInput],
+        texts: Sequence[str],
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Similarity:
+        """Every image against every text, `scores` [N, M]."""
+        call = await asyncio.to_thread(inference_codec.similarity, images, texts, model, on_error)
+        return await self._run(call, timeout_s)
+
+    async def score_pairs(
+        self,
+        pairs: Iterable[tuple[ImageInput, str]],
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> PairScores:
+        """Image i against text i, `scores` [N]."""
+        call = await asyncio.to_thread(inference_codec.score_pairs, pairs, model, on_error)
+        return await self._run(call, timeout_s)
+
+    async def classify(
+        self,
+        images: Sequence[ImageInput],
+        classes: ClassesInput,
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        timeout_s: float | None = None,
+    ) -> Classifications:
+        """Zero-shot classification: one `Classification` for each image.
+
+        `classes`: labels, or label → prompts (averaged); a label alone is read as "a photo of a {label}".
+        """
+        call = await asyncio.to_thread(inference_codec.classify, images, classes, model, on_error)
+        return await self._run(call, timeout_s)
+
+    def embed_stream(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        kind: bulk.Kind,
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
+    ) -> AsyncGenerator[Embedded]:
+        """Embed any number of "images" or "texts" over one stream; answers in the order of the input.
+
+        Items are read as they are needed and at most `max_in_flight` are under way. A lost stream is taken up
+        again with what is unanswered.
+        """
+        window = bulk.BulkWindow(kind, model, max_in_flight, on_error)
+
+        def open_stream(requests: AsyncIterator[Any]) -> AsyncGenerator[Any]:
+            return self._open(bulk.METHOD, requests, inference_pb2.EmbedStreamResponse).answers()
+
+        return bulk_feed_aio.embed_stream(window, items, open_stream)
+
+    async def embed_many(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        kind: bulk.Kind = "images",
+        *,
+        model: str = "",
+        on_error: OnError = "raise",
+        max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
+        progress: bool = False,
+    ) -> Embeddings:
+        """All of `embed_stream` as one array [N, D]. `progress`: show a bar on stderr."""
+        collected = bulk.Collected(kind)
+        stream = self.embed_stream(items, kind, model=model, on_error=on_error, max_in_flight=max_in_flight)
+        with bulk_bar(kind, items, shown=progress) as advance:
+            async with aclosing(stream):
+                async for embedded in stream:
+                    collected.add(embedded)
+                    advance()
+        return collected.embeddings()
+
+    async def _embed(self, plan: EmbedPlan, timeout_s: float | None) -> Embeddings:
+        parts = []
+        calls = plan.calls()
+        while (call := await asyncio.to_thread(next, calls, None)) is not None:
+            try:
+                parts.append(await self._run(call, timeout_s))
+            except CliptuneError as error:
+                parts.append(plan.recover(call, error))
+        return plan.join(parts)
