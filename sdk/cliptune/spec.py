@@ -19,13 +19,16 @@ from typing import Any, Final
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from cliptune.errors import InvalidInputError, SpecError
-from cliptune.spec_shape import RULES, Range, validate_shape, wrong_value
+from cliptune.spec_shape import RULES, Range, validate_shape, validate_values, wrong_value
 from cliptune.v1 import spec_pb2
 
 __all__ = [
+    "is_map",
+    "is_repeated",
     "load_spec",
     "read_mapping",
     "spec_from_mapping",
+    "spec_from_part",
     "spec_to_mapping",
     "validate_shape",
     "with_paths_from",
@@ -111,6 +114,14 @@ def spec_from_mapping(mapping: Mapping[str, Any]) -> spec_pb2.JobSpec:
     return spec
 
 
+def spec_from_part(mapping: Mapping[str, Any]) -> spec_pb2.JobSpec:
+    """The same of a part of a spec, such as a domain's recipe: nothing is required."""
+    spec = spec_pb2.JobSpec()
+    _fill(spec, mapping, "")
+    validate_values(spec)
+    return spec
+
+
 def spec_to_mapping(spec: spec_pb2.JobSpec) -> dict[str, Any]:
     """Inverse of `spec_from_mapping`: JSON-able, only what was set."""
     from google.protobuf import json_format  # a client that only infers has no need of it
@@ -171,9 +182,9 @@ def _fill(message: Any, mapping: object, path: str) -> None:
         here = f"{path}.{field.name}" if path else field.name
         if value is None:  # JSON's and YAML's way to leave a field out
             continue
-        if _is_map(field):
+        if is_map(field):
             _fill_map(field, getattr(message, field.name), value, here)
-        elif _is_repeated(field):
+        elif is_repeated(field):
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise wrong_value(here, value, "a list")
             items = getattr(message, field.name)
@@ -200,12 +211,14 @@ def _fill_map(field: FieldDescriptor, entries: Any, value: object, path: str) ->
         entries[str(key)] = _scalar(of_values, item, f"{path}.{key}")
 
 
-def _is_map(field: FieldDescriptor) -> bool:
+def is_map(field: FieldDescriptor) -> bool:
+    """Whether a field is a table of names and values."""
     return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
-def _is_repeated(field: FieldDescriptor) -> bool:
-    """From protobuf 6.31 on there is a property for it, and `label` warns."""
+def is_repeated(field: FieldDescriptor) -> bool:
+    """Whether a field is a list, or such a table."""
+    # From protobuf 6.31 on there is a property for it, and `label` warns.
     told: bool | None = getattr(field, "is_repeated", None)
     return field.label == FieldDescriptor.LABEL_REPEATED if told is None else told
 

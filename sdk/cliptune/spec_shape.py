@@ -83,13 +83,23 @@ _AT_LEAST_ONE: Final = Range(1)
 _NAMED: Final = Pattern(_NAME, NAME_RULE)
 _SWITCH: Final = Choice(("auto", "on", "off"))
 
+# Kinds of images that a recipe is shipped for: `domains/NAME.toml`.
+DOMAINS: Final = ("general", "industrial", "medical", "scientific")
+
 # A field that is left out is never checked: its default is the trainer's.
 RULES: Final[dict[str, Rule]] = {
     "name": _NAMED,
+    "domain": Choice(DOMAINS),
     "model.context_length": Range(1, 4096),
     "data.validation_fraction": Range(0, 0.9),
     "data.max_bad_fraction": Range(0, 1),
     "data.augmentation": Choice(("none", "flip", "crop")),
+    "data.augment.rotate_degrees": Range(0, 180),
+    "data.augment.crop_min_area": Range(0, 1),
+    "data.augment.brightness": Range(0, 0.9),
+    "data.augment.contrast": Range(0, 0.9),
+    "data.augment.saturation": Range(0, 1),
+    "data.augment.hue": Range(0, 0.5),
     "data.workers": Range(0, 256),
     "data.decode": Choice(("auto", "exact", "fast")),
     "train.epochs": _AT_LEAST_ONE,
@@ -126,11 +136,17 @@ def validate_shape(spec: spec_pb2.JobSpec) -> None:
     for path in REQUIRED:
         if not _value(spec, path):
             raise SpecError(f"{path} is missing", path=path, allowed=_allowed(path))
+    validate_values(spec)
+
+
+def validate_values(spec: spec_pb2.JobSpec) -> None:
+    """The same of what is there, whatever is missing."""
     for path, rule in RULES.items():
         value = _value(spec, path)
         if value is not None and not rule.holds(value):
             raise wrong_value(path, value, rule.allowed)
     _check_model(spec.model.name)
+    _check_augment(spec.data)
     _check_classes(spec.evaluation.classes)
     for index, alias in enumerate(spec.publish.aliases):
         if not _NAMED.holds(alias):
@@ -171,6 +187,13 @@ def _check_model(name: str) -> None:
     scheme, colon, rest = name.partition(":")
     if colon and (scheme not in ("hf-hub", "local-dir", "registry") or not rest):
         raise wrong_value("model.name", name, _allowed("model.name"))
+
+
+def _check_augment(data: spec_pb2.DataSpec) -> None:
+    if data.augmentation and data.HasField("augment"):
+        raise wrong_value(
+            "data.augmentation", data.augmentation, "nothing beside data.augment, which says it in full"
+        )
 
 
 def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:
