@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cliptune.errors import InvalidInputError, WeightsUnavailableError
+from cliptune_model.chosen_similarity import build_similarity
 from cliptune_model.context import extend_context
+from cliptune_model.similarity import Similarity
 from cliptune_model.source import CUSTOM, OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.text_tower import encode_text
 from cliptune_model.tokens import check_text, without_waste
@@ -61,6 +63,8 @@ class Clip:
         embedding_dim: D.
         image_size: (height, width) in pixels that the image tower takes.
         pretrained: the weights came from a source; otherwise they are random.
+        similarity: how alike embeddings are, in loss, evaluation and serving; on the model's device. What it
+            learns is trained, kept and exported beside the model, which stays open_clip's own.
     """
 
     model: nn.Module
@@ -73,6 +77,7 @@ class Clip:
     pretrained: bool
     transform: Callable[[PIL.Image.Image], Tensor] = field(repr=False)
     tokenizer: Callable[[list[str]], Tensor] = field(repr=False)
+    similarity: Similarity
 
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] preprocessed → [B, D] fp32, not normalised."""
@@ -129,6 +134,7 @@ def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
         WeightsUnavailableError: the hub cannot be reached; the message names the offline ways.
         ConflictError: the architecture needs a package that is not installed.
         ContextLengthError: the text tower cannot be made to take `source.context_length` tokens.
+        SpecError: the similarity or a parameter of it is unknown.
     """
     recipe = resolve(source)
     with _no_root_handler(), torch.random.fork_rng(devices=[]):
@@ -159,6 +165,7 @@ def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
         pretrained=recipe.pretrained_weights,
         transform=image_transform_v2(PreprocessCfg(**preprocess_config), is_train=False),
         tokenizer=without_waste(tokenizer),
+        similarity=build_similarity(source, int(model_config["embed_dim"])).to(device),
     )
 
 

@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,9 +17,12 @@ import numpy as np
 import PIL.Image
 
 from cliptune.errors import ImageDecodeError, ImageSizeError, InvalidInputError, OverloadedError, TensorError
+from cliptune_model.quiet import Quiet
 
 # Nothing else is tried: some of Pillow's other formats start programs or read other files.
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Pillow warns about odd metadata and large sizes, which are judged here.
+_quiet_pillow: Final = Quiet(r"PIL\.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +107,7 @@ def _decode(
 ) -> tuple[PIL.Image.Image, float]:
     if not encoded:
         raise ImageDecodeError("the image has no bytes")
-    with _quiet_pillow():
+    with _quiet_pillow:
         try:
             with PIL.Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 limits.check(image.width, image.height)
@@ -192,30 +192,3 @@ def _to_eight_bits(image: PIL.Image.Image) -> PIL.Image.Image:
         return PIL.Image.fromarray((grey_HW >> 8 if high > 255 else grey_HW).astype(np.uint8))
     scale = np.float32(255.0 if high <= 1.0 else 1.0)
     return PIL.Image.fromarray((grey_HW * scale + np.float32(0.5)).astype(np.uint8))
-
-
-_quiet_lock = threading.Lock()
-_quiet_threads = 0
-_quiet_filter: Any = None
-
-
-@contextmanager
-def _quiet_pillow() -> Iterator[None]:
-    """Pillow warns about odd metadata and large sizes, which are judged here.
-
-    `warnings.catch_warnings` does not nest across threads, so the threads that decode share one filter, which
-    leaves with the last of them.
-    """
-    global _quiet_threads, _quiet_filter
-    with _quiet_lock:
-        _quiet_threads += 1
-        if _quiet_threads == 1:
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-            _quiet_filter = warnings.filters[0]
-    try:
-        yield
-    finally:
-        with _quiet_lock:
-            _quiet_threads -= 1
-            if _quiet_threads == 0 and _quiet_filter in warnings.filters:
-                warnings.filters.remove(_quiet_filter)  # type: ignore[attr-defined]

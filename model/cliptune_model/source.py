@@ -13,6 +13,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +61,8 @@ class ModelSource:
             "hf-hub:ORG/REPO" or "local-dir:PATH".
         pretrained: open_clip's tag of weights or a weights file, for an architecture. Empty: random weights.
         context_length: tokens of a text, more than the model has. None: the model's own.
+        similarity: how alike embeddings are. Empty: the model's own.
+        similarity_parameters: of it, by name.
 
     Raises:
         InvalidInputError: an empty name, or `pretrained` beside a source that brings its own weights.
@@ -69,6 +72,8 @@ class ModelSource:
     name: str
     pretrained: str = ""
     context_length: int | None = None
+    similarity: str = ""
+    similarity_parameters: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.name.strip():

@@ -1,7 +1,8 @@
 """Classes as averages of their prompts' embeddings.
 
-Enters: classes with prompts. Leaves: one unit vector a class, which images are compared with. Called by the
-engine (classify) and by the trainer's evaluation.
+Enters: classes with prompts. Leaves: one text's features a class, which images are compared with by the
+model's similarity. Called by the trainer's evaluation; the engine does the same with vectors that it has
+kept.
 """
 
 from __future__ import annotations
@@ -13,14 +14,13 @@ from torch import Tensor
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.clip import Clip
-from cliptune_model.similarity import normalise
 
 
 @torch.no_grad()
 def class_embeddings(
     clip: Clip, classes: Sequence[tuple[str, Sequence[str]]], batch_size: int = 64
 ) -> Tensor:
-    """Prompt ensembling (Radford et al. 2021, section 3.1.4): normalise each prompt, average, normalise.
+    """Prompt ensembling as the model's similarity does it: `Similarity.ensemble`.
 
     Args:
         clip: whose text tower embeds; its mode (train or eval) is the caller's.
@@ -28,7 +28,7 @@ def class_embeddings(
         batch_size: prompts per forward.
 
     Returns:
-        [C classes, D] fp32 of unit length, on the model's device.
+        [C classes, D] fp32 text features, on the model's device; of unit length where only directions count.
 
     Raises:
         InvalidInputError: no class, or a class without a prompt.
@@ -43,12 +43,9 @@ def class_embeddings(
     tokens_PL = clip.tokenize_trimmed(prompts_flat)
     embeddings_PD = torch.cat(
         [
-            normalise(clip.encode_texts(part_BL.to(clip.device)))
+            clip.similarity.kept(clip.encode_texts(part_BL.to(clip.device)))
             for part_BL in torch.split(tokens_PL, batch_size)
         ]
     )
-    means = [
-        part_KD.mean(dim=0)
-        for part_KD in torch.split(embeddings_PD, [len(prompts) for _, prompts in classes])
-    ]
-    return normalise(torch.stack(means))
+    parts = torch.split(embeddings_PD, [len(prompts) for _, prompts in classes])
+    return torch.stack([clip.similarity.ensemble(part_KD) for part_KD in parts])

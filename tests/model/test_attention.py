@@ -36,6 +36,7 @@ from cliptune_model.attention.plan import bytes_a_score
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import Manifest, export_model, load_exported
 from cliptune_model.lean import choose_lean, make_lean
+from cliptune_model.similarity import Cosine
 from cliptune_model.source import ModelSource
 
 MODES = ("sliced", "chunked")
@@ -525,6 +526,7 @@ def test_an_images_tokens_are_those_that_attention_sees(family: Callable[[], nn.
         pretrained=False,
         transform=lambda _: torch.zeros(0),
         tokenizer=lambda _: torch.zeros(0),
+        similarity=Cosine(32),
     )
     assert image_tokens(clip) == tokens
     assert max(attended.lengths) == tokens

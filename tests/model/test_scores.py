@@ -17,10 +17,10 @@ def test_cosine_normalises_in_fp32_whatever_comes_in(dtype: torch.dtype) -> None
         50 * torch.randn(rows, 24, generator=torch.Generator().manual_seed(rows)).to(dtype) for rows in (5, 7)
     )
     expected = torch.nn.functional.cosine_similarity(a.double()[:, None], b.double()[None], dim=-1)
-    scores = Cosine()(a, b)
+    scores = Cosine(24)(a, b)
     assert scores.dtype == torch.float32
     assert torch.allclose(scores.double(), expected, rtol=0, atol=1e-6)
-    assert torch.allclose(Cosine().pairs(a, b[:5]), scores.diagonal(), rtol=0, atol=1e-6)
+    assert torch.allclose(Cosine(24).pairs(a, b[:5]), scores.diagonal(), rtol=0, atol=1e-6)
 
 
 def test_class_embeddings_normalise_average_and_normalise_again(clip: Clip) -> None:

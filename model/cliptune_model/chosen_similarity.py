@@ -1,0 +1,60 @@
+"""The similarity that a model is built with: the spec's, else that of its manifest, else the cosine.
+
+Enters: a `ModelSource`, whose folder may hold a manifest and what a similarity has learned. Leaves: a
+`Similarity` on the CPU. Called by `clip.build`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from cliptune.errors import InvalidInputError
+from cliptune_model.manifest import MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
+from cliptune_model.similarity import DEFAULT, Similarity, similarity_for
+from cliptune_model.source import LOCAL_DIR, ModelSource
+
+
+def build_similarity(source: ModelSource, dim: int) -> Similarity:
+    """As the source says, with what it has learned unless the source names another or gives it parameters.
+
+    Raises:
+        SpecError, PathOutsideRootsError: as `similarity_for`.
+        InvalidInputError: the manifest or what was learned is damaged, or the user's own code has changed.
+    """
+    folder = Path(source.name.removeprefix(LOCAL_DIR)).expanduser()
+    manifest = None
+    if source.name.startswith(LOCAL_DIR) and (folder / MANIFEST_FILE).is_file():
+        manifest = read_manifest(folder)
+    if manifest is None:
+        return similarity_for(source.similarity or DEFAULT, dim, source.similarity_parameters)
+    name = source.similarity or manifest.similarity
+    similarity = similarity_for(name, dim, source.similarity_parameters or _known(manifest, name))
+    if similarity.name == manifest.similarity and not source.similarity_parameters:
+        _take_over(similarity, folder, manifest)
+    return similarity
+
+
+def _known(manifest: Manifest, name: str) -> dict[str, float]:
+    same = name == manifest.similarity or manifest.similarity.endswith(f"/{name}")  # a relative FILE.py:NAME
+    return dict(manifest.similarity_parameters) if same else {}
+
+
+def _take_over(similarity: Similarity, folder: Path, manifest: Manifest) -> None:
+    if similarity.sha256 != manifest.similarity_sha256:
+        raise InvalidInputError(
+            f"the model in {str(folder)!r} was trained with {similarity.name} as it was then (sha256"
+            f" {manifest.similarity_sha256[:12]}, now {similarity.sha256[:12]}): put that file back, or train"
+            " a model with the new one"
+        )
+    path = folder / SIMILARITY_FILE
+    wanted = similarity.state_dict()
+    if not wanted:
+        return
+    try:
+        similarity.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        why = " ".join(str(error).split())[:300]
+        raise InvalidInputError(f"{str(path)!r} does not load as {similarity.name}: {why}") from error

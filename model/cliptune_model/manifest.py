@@ -1,0 +1,132 @@
+"""The manifest of an exported model: what is known of it beyond open_clip's own files.
+
+Enters: a `Clip` as it is now, or `cliptune.json`. Leaves: a `Manifest`. Called by export and load; the
+daemon's catalog reads the same JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from cliptune.errors import InvalidInputError, ModelNotFoundError
+from cliptune_model.similarity import DEFAULT
+
+if TYPE_CHECKING:
+    from cliptune_model.clip import Clip
+
+FORMAT_VERSION: Final = 2  # 1: the similarity is always the cosine
+MANIFEST_FILE: Final = "cliptune.json"
+SIMILARITY_FILE: Final = "cliptune_similarity.safetensors"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What is known of an exported model beyond open_clip's own files. Plain JSON under these names.
+
+    Attributes:
+        architecture: open_clip's name, or "custom".
+        embedding_dim: D.
+        image_size: (height, width) in pixels.
+        context_length: tokens of a text.
+        similarity: name of the similarity that it was trained with, and is evaluated and served with.
+        similarity_parameters: those that were given; what is learned lies in `SIMILARITY_FILE`.
+        similarity_sha256: of the file of a user's own similarity.
+        precision: of training: "fp32", "bf16" or "fp16". The weights are fp32.
+        job_id: the job that trained it. Empty: none.
+        metrics: evaluation after training, by name.
+        created: ISO 8601, UTC.
+    """
+
+    architecture: str
+    embedding_dim: int
+    image_size: tuple[int, int]
+    context_length: int
+    similarity: str = DEFAULT
+    similarity_parameters: Mapping[str, float] = field(default_factory=dict)
+    similarity_sha256: str = ""
+    precision: str = "fp32"
+    job_id: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    created: str = field(default_factory=_now)
+    cliptune_version: str = field(default_factory=lambda: version("cliptune"))
+    torch_version: str = field(default_factory=lambda: version("torch"))
+    open_clip_version: str = field(default_factory=lambda: version("open_clip_torch"))
+    format_version: int = 1
+
+    @classmethod
+    def of(
+        cls,
+        clip: Clip,
+        *,
+        precision: str = "fp32",
+        job_id: str = "",
+        metrics: Mapping[str, float] | None = None,
+    ) -> Manifest:
+        """The manifest of `clip` as it is now."""
+        return cls(
+            architecture=clip.architecture,
+            embedding_dim=clip.embedding_dim,
+            image_size=clip.image_size,
+            context_length=clip.context_length,
+            similarity=clip.similarity.name,
+            similarity_parameters=dict(clip.similarity.parameters_given),
+            similarity_sha256=clip.similarity.sha256,
+            precision=precision,
+            job_id=job_id,
+            metrics=dict(metrics or {}),
+            # A cliptune that knows only the cosine would serve another similarity's model wrongly: it
+            # refuses.
+            format_version=1 if clip.similarity.name == DEFAULT else FORMAT_VERSION,
+        )
+
+    def to_json(self) -> str:
+        """Text of `cliptune.json`."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Inverse of `to_json`; fields that a newer cliptune has added are passed over.
+
+        Raises:
+            InvalidInputError: not a manifest, or of a newer format.
+        """
+        try:
+            values = json.loads(text)
+            found = int(values["format_version"])
+            if found > FORMAT_VERSION:
+                raise InvalidInputError(
+                    f"the model has format {found}; this cliptune reads up to {FORMAT_VERSION}: upgrade it"
+                )
+            known = {item.name for item in dataclasses.fields(cls)}
+            height, width = values["image_size"]
+            kept = {key: value for key, value in values.items() if key in known}
+            return cls(**{**kept, "image_size": (int(height), int(width))})
+        except (ValueError, KeyError, TypeError) as error:
+            raise InvalidInputError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an exported model.
+
+    Raises:
+        ModelNotFoundError: no such folder, or it has no manifest.
+        InvalidInputError: the manifest is damaged or of a newer format.
+    """
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        return Manifest.from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ModelNotFoundError(
+            f"no exported model at {str(directory)!r}: {MANIFEST_FILE} is missing"
+        ) from error
