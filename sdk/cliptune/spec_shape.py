@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from google.protobuf.message import Message
 
 from cliptune.errors import SpecError
+from cliptune.metric_names import MAIN_METRICS
 from cliptune.v1 import spec_pb2
 
 # Becomes part of a folder's name and of a model reference NAME:VERSION, NAME@ALIAS.
@@ -120,6 +121,8 @@ RULES: Final[dict[str, Rule]] = {
     "loss.tiling": _SWITCH,
     "evaluation.every_epochs": Range(0),
     "evaluation.batch_size": _AT_LEAST_ONE,
+    "evaluation.main_metric": Choice(MAIN_METRICS),
+    "evaluation.bootstrap_samples": Range(0, 100_000),
     "checkpoint.every_steps": _AT_LEAST_ONE,
     "checkpoint.keep": _AT_LEAST_ONE,
     "publish.model": _NAMED,
@@ -128,6 +131,7 @@ RULES: Final[dict[str, Rule]] = {
     "resources.max_retries": Range(0, 100),
     "resources.memory_gib": Range(0, open_low=True),
 }
+LABEL_PLACE: Final = "{label}"
 REQUIRED: Final = ("name", "model.name", "data.train")
 
 
@@ -148,6 +152,7 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     _check_model(spec.model.name)
     _check_augment(spec.data)
     _check_classes(spec.evaluation.classes)
+    _check_prompts(spec.evaluation)
     for index, alias in enumerate(spec.publish.aliases):
         if not _NAMED.holds(alias):
             raise wrong_value(f"publish.aliases[{index}]", alias, NAME_RULE)
@@ -198,6 +203,7 @@ def _check_augment(data: spec_pb2.DataSpec) -> None:
 
 def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:
     seen: dict[str, int] = {}
+    judged_alone = False
     for index, group in enumerate(classes):
         path = f"evaluation.classes[{index}]"
         if not group.label.strip():
@@ -207,8 +213,23 @@ def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:
                 f"{path}.label", group.label, f"a label other than classes[{seen[group.label]}]'s"
             )
         seen[group.label] = index
-        for place, prompt in enumerate(group.prompts):
-            if not prompt.strip():
-                raise wrong_value(f"{path}.prompts[{place}]", prompt, "a text that is not empty")
-    if len(seen) == 1:
-        raise wrong_value("evaluation.classes", list(seen), "none, or at least two classes")
+        for field, prompts in (("prompts", group.prompts), ("negative_prompts", group.negative_prompts)):
+            for place, prompt in enumerate(prompts):
+                if not prompt.strip():
+                    raise wrong_value(f"{path}.{field}[{place}]", prompt, "a text that is not empty")
+        judged_alone = bool(group.negative_prompts)
+    if len(seen) == 1 and not judged_alone:
+        raise wrong_value(
+            "evaluation.classes", list(seen), "none, at least two classes, or one with negative_prompts"
+        )
+
+
+def _check_prompts(evaluation: spec_pb2.EvaluationSpec) -> None:
+    for index, template in enumerate(evaluation.prompt_templates):
+        if LABEL_PLACE not in template:
+            path = f"evaluation.prompt_templates[{index}]"
+            raise wrong_value(path, template, f"a text with {LABEL_PLACE} in it")
+    for label in sorted(evaluation.label_names):
+        if not label.strip() or not evaluation.label_names[label].strip():
+            path = f"evaluation.label_names[{label!r}]"
+            raise wrong_value(path, evaluation.label_names[label], "a label and its name, neither empty")

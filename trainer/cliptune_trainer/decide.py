@@ -20,7 +20,7 @@ from cliptune_model.machine.proofs import Proofs
 from cliptune_model.machine.rules import choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.spec import ClassConfig, Spec, default_prompt, wrong
+from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
 USUAL_BATCH_SIZE: Final = 64
 PRETRAINED_LEARNING_RATE: Final = 1e-5
@@ -196,6 +196,7 @@ def _classes(
         return spec.evaluation.classes
     if len(labels) < 2:
         return ()
-    reason = f"the labels found in the data, each as {default_prompt('{label}')!r}"
+    shown = " and ".join(repr(template) for template in spec.evaluation.prompt_templates[:3])
+    reason = f"the labels found in the data, each as {shown}"
     choices.append(Choice(subject="classes", value=", ".join(labels[:20]), reason=reason))
-    return tuple(ClassConfig(label=label, prompts=(default_prompt(label),)) for label in labels)
+    return tuple(ClassConfig(label=label, prompts=spec.evaluation.prompts_of(label)) for label in labels)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from cliptune_trainer.spec.check import wrong
 from cliptune_trainer.spec.checkpoint import CheckpointConfig
 from cliptune_trainer.spec.data import DataConfig
-from cliptune_trainer.spec.evaluation import ClassConfig, EvaluationConfig, default_prompt
+from cliptune_trainer.spec.evaluation import ClassConfig, EvaluationConfig
 from cliptune_trainer.spec.resources import ResourceConfig
 from cliptune_trainer.spec.train import TrainConfig, check_learning_rate
 from cliptune_trainer.spec.whole import Spec, from_proto
@@ -24,7 +24,6 @@ __all__ = [
     "Spec",
     "TrainConfig",
     "check_learning_rate",
-    "default_prompt",
     "from_proto",
     "wrong",
 ]
