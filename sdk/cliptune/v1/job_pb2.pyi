@@ -279,6 +279,7 @@ class JobEvent(google.protobuf.message.Message):
     COMMAND_FIELD_NUMBER: builtins.int
     PUBLISHED_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
+    TRIAL_FIELD_NUMBER: builtins.int
     job_id: builtins.str
     number: builtins.int
     attempt: builtins.int
@@ -305,6 +306,8 @@ class JobEvent(google.protobuf.message.Message):
     def published(self) -> global___ModelPublished: ...
     @property
     def plan(self) -> global___JobPlan: ...
+    @property
+    def trial(self) -> global___TrialDone: ...
     def __init__(
         self,
         *,
@@ -321,10 +324,11 @@ class JobEvent(google.protobuf.message.Message):
         command: global___CommandDone | None = ...,
         published: global___ModelPublished | None = ...,
         plan: global___JobPlan | None = ...,
+        trial: global___TrialDone | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["body", b"body", "checkpoint", b"checkpoint", "command", b"command", "evaluation", b"evaluation", "log", b"log", "notice", b"notice", "plan", b"plan", "progress", b"progress", "published", b"published", "state", b"state", "time", b"time"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "body", b"body", "checkpoint", b"checkpoint", "command", b"command", "evaluation", b"evaluation", "job_id", b"job_id", "log", b"log", "notice", b"notice", "number", b"number", "plan", b"plan", "progress", b"progress", "published", b"published", "state", b"state", "time", b"time"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["state", "progress", "evaluation", "checkpoint", "notice", "log", "command", "published", "plan"] | None: ...
+    def HasField(self, field_name: typing.Literal["body", b"body", "checkpoint", b"checkpoint", "command", b"command", "evaluation", b"evaluation", "log", b"log", "notice", b"notice", "plan", b"plan", "progress", b"progress", "published", b"published", "state", b"state", "time", b"time", "trial", b"trial"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "body", b"body", "checkpoint", b"checkpoint", "command", b"command", "evaluation", b"evaluation", "job_id", b"job_id", "log", b"log", "notice", b"notice", "number", b"number", "plan", b"plan", "progress", b"progress", "published", b"published", "state", b"state", "time", b"time", "trial", b"trial"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["body", b"body"]) -> typing.Literal["state", "progress", "evaluation", "checkpoint", "notice", "log", "command", "published", "plan", "trial"] | None: ...
 
 global___JobEvent = JobEvent
 
@@ -802,3 +806,65 @@ class YieldToInferenceCommand(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["seconds", b"seconds"]) -> None: ...
 
 global___YieldToInferenceCommand = YieldToInferenceCommand
+
+@typing.final
+class TrialDone(google.protobuf.message.Message):
+    """A study's trial has ended."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class SettingsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    NUMBER_FIELD_NUMBER: builtins.int
+    JOB_ID_FIELD_NUMBER: builtins.int
+    SETTINGS_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    BEST_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    number: builtins.int
+    """From 0."""
+    job_id: builtins.str
+    """The job that ran it."""
+    outcome: builtins.str
+    """"complete", "pruned", "cancelled" or "failed"."""
+    value: builtins.float
+    """The metric: the last one seen, for a trial that was pruned."""
+    best: builtins.bool
+    """It is the best so far."""
+    @property
+    def settings(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """What it tried, by path."""
+
+    @property
+    def error(self) -> cliptune.v1.error_pb2.ErrorDetail: ...
+    def __init__(
+        self,
+        *,
+        number: builtins.int = ...,
+        job_id: builtins.str = ...,
+        settings: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        outcome: builtins.str = ...,
+        value: builtins.float | None = ...,
+        best: builtins.bool = ...,
+        error: cliptune.v1.error_pb2.ErrorDetail | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_value", b"_value", "error", b"error", "value", b"value"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_value", b"_value", "best", b"best", "error", b"error", "job_id", b"job_id", "number", b"number", "outcome", b"outcome", "settings", b"settings", "value", b"value"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_value", b"_value"]) -> typing.Literal["value"] | None: ...
+
+global___TrialDone = TrialDone

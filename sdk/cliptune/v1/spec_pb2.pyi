@@ -30,6 +30,7 @@ class JobSpec(google.protobuf.message.Message):
     PUBLISH_FIELD_NUMBER: builtins.int
     RESOURCES_FIELD_NUMBER: builtins.int
     DOMAIN_FIELD_NUMBER: builtins.int
+    TUNE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Shown in lists and part of the job's id. Letters, digits, "-", "_", "."; at most 64."""
     domain: builtins.str
@@ -52,6 +53,12 @@ class JobSpec(google.protobuf.message.Message):
     def publish(self) -> global___PublishSpec: ...
     @property
     def resources(self) -> global___ResourceSpec: ...
+    @property
+    def tune(self) -> global___TuneSpec:
+        """Set: the job is a study. It trains nothing itself and holds no device; it submits jobs like this one, each with
+        other settings, and ends with the best of them as a spec to run again.
+        """
+
     def __init__(
         self,
         *,
@@ -65,9 +72,10 @@ class JobSpec(google.protobuf.message.Message):
         publish: global___PublishSpec | None = ...,
         resources: global___ResourceSpec | None = ...,
         domain: builtins.str = ...,
+        tune: global___TuneSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> None: ...
 
 global___JobSpec = JobSpec
 
@@ -687,10 +695,13 @@ class PublishSpec(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
     SERVE_FIELD_NUMBER: builtins.int
+    SKIP_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name in the registry. Default: the job's name."""
     serve: builtins.bool
     """Load the new version for inference as soon as it is published. Default true."""
+    skip: builtins.bool
+    """Publish nothing: the job ends with its evaluation."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Aliases set to the new version, such as "prod"."""
@@ -701,9 +712,10 @@ class PublishSpec(google.protobuf.message.Message):
         model: builtins.str = ...,
         aliases: collections.abc.Iterable[builtins.str] | None = ...,
         serve: builtins.bool | None = ...,
+        skip: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_serve", b"_serve", "serve", b"serve"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_serve", b"_serve", "aliases", b"aliases", "model", b"model", "serve", b"serve"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_serve", b"_serve", "aliases", b"aliases", "model", b"model", "serve", b"serve", "skip", b"skip"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_serve", b"_serve"]) -> typing.Literal["serve"] | None: ...
 
 global___PublishSpec = PublishSpec
@@ -744,3 +756,101 @@ class ResourceSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_threads", b"_threads"]) -> typing.Literal["threads"] | None: ...
 
 global___ResourceSpec = ResourceSpec
+
+@typing.final
+class TuneSpec(google.protobuf.message.Message):
+    """A search for better settings."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    MAX_TRIALS_FIELD_NUMBER: builtins.int
+    BUDGET_SECONDS_FIELD_NUMBER: builtins.int
+    METRIC_FIELD_NUMBER: builtins.int
+    MINIMIZE_FIELD_NUMBER: builtins.int
+    PARALLEL_FIELD_NUMBER: builtins.int
+    SEED_FIELD_NUMBER: builtins.int
+    max_trials: builtins.int
+    """Default: as many as the budget allows; 20 without one."""
+    budget_seconds: builtins.float
+    """Wall-clock seconds, from the first trial on. No trial is begun that would end later by the last ones' time; what
+    runs then is cancelled. 0: no limit.
+    """
+    metric: builtins.str
+    """Default: `evaluation.main_metric`."""
+    minimize: builtins.bool
+    """A smaller metric is better. Default false."""
+    parallel: builtins.int
+    """Trials that are on the daemon's queue at once. Default 1."""
+    seed: builtins.int
+    """Default 0."""
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TuneParameter]:
+        """What may vary. Empty: the learning rate, the weight decay, and the parameters of the loss."""
+
+    def __init__(
+        self,
+        *,
+        parameters: collections.abc.Iterable[global___TuneParameter] | None = ...,
+        max_trials: builtins.int | None = ...,
+        budget_seconds: builtins.float | None = ...,
+        metric: builtins.str = ...,
+        minimize: builtins.bool = ...,
+        parallel: builtins.int | None = ...,
+        seed: builtins.int | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_budget_seconds", b"_budget_seconds", "_max_trials", b"_max_trials", "_parallel", b"_parallel", "_seed", b"_seed", "budget_seconds", b"budget_seconds", "max_trials", b"max_trials", "parallel", b"parallel", "seed", b"seed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_budget_seconds", b"_budget_seconds", "_max_trials", b"_max_trials", "_parallel", b"_parallel", "_seed", b"_seed", "budget_seconds", b"budget_seconds", "max_trials", b"max_trials", "metric", b"metric", "minimize", b"minimize", "parallel", b"parallel", "parameters", b"parameters", "seed", b"seed"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_budget_seconds", b"_budget_seconds"]) -> typing.Literal["budget_seconds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_max_trials", b"_max_trials"]) -> typing.Literal["max_trials"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_parallel", b"_parallel"]) -> typing.Literal["parallel"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
+
+global___TuneSpec = TuneSpec
+
+@typing.final
+class TuneParameter(google.protobuf.message.Message):
+    """One setting that may vary: a range, or a list of values."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: builtins.int
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    LOG_FIELD_NUMBER: builtins.int
+    INTEGER_FIELD_NUMBER: builtins.int
+    VALUES_FIELD_NUMBER: builtins.int
+    path: builtins.str
+    """As in a spec: "train.learning_rate", "loss.parameters.margin", "loss.name"."""
+    low: builtins.float
+    high: builtins.float
+    log: builtins.bool
+    """Even in the logarithm."""
+    integer: builtins.bool
+    """Whole numbers only."""
+    @property
+    def values(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """In place of a range; each as it would stand in a spec."""
+
+    def __init__(
+        self,
+        *,
+        path: builtins.str = ...,
+        low: builtins.float | None = ...,
+        high: builtins.float | None = ...,
+        log: builtins.bool = ...,
+        integer: builtins.bool = ...,
+        values: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "integer", b"integer", "log", b"log", "low", b"low", "path", b"path", "values", b"values"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_high", b"_high"]) -> typing.Literal["high"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_low", b"_low"]) -> typing.Literal["low"] | None: ...
+
+global___TuneParameter = TuneParameter
