@@ -41,6 +41,7 @@ class Manifest:
         context_length: tokens of a text.
         similarity: name of the similarity that it was trained with, and is evaluated and served with.
         similarity_parameters: those that were given; what is learned lies in `SIMILARITY_FILE`.
+        similarity_values: what it computes with, given or learned, for a person and for clients.
         similarity_sha256: of the file of a user's own similarity.
         precision: of training: "fp32", "bf16" or "fp16". The weights are fp32.
         job_id: the job that trained it. Empty: none.
@@ -54,6 +55,7 @@ class Manifest:
     context_length: int
     similarity: str = DEFAULT
     similarity_parameters: Mapping[str, float] = field(default_factory=dict)
+    similarity_values: Mapping[str, float] = field(default_factory=dict)
     similarity_sha256: str = ""
     precision: str = "fp32"
     job_id: str = ""
@@ -81,6 +83,7 @@ class Manifest:
             context_length=clip.context_length,
             similarity=clip.similarity.name,
             similarity_parameters=dict(clip.similarity.parameters_given),
+            similarity_values=clip.similarity.values(),
             similarity_sha256=clip.similarity.sha256,
             precision=precision,
             job_id=job_id,

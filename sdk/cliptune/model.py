@@ -28,6 +28,10 @@ class Model:
     """Folder in open_clip's own format, on the daemon's machine."""
     device: str
     """Where it is loaded. Empty: nowhere."""
+    similarity: str
+    """How alike embeddings are: "cosine", unless it was trained with another."""
+    similarity_parameters: dict[str, float]
+    """What the similarity computes with, given or learned."""
     message: model_pb2.Model = field(repr=False, compare=False)
 
     @property
@@ -52,5 +56,7 @@ def model_from_message(message: model_pb2.Model) -> Model:
         metrics=dict(message.metrics),
         path=message.path,
         device=message.device,
+        similarity=message.similarity,
+        similarity_parameters=dict(message.similarity_parameters),
         message=message,
     )

@@ -40,7 +40,9 @@ class FailedItem:
 
 
 class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
-    """An array [N, D] of float32, unit length by row, that also knows what made it.
+    """An array [N, D] of float32 that also knows what made it.
+
+    Its rows are what the model's similarity is a formula of: of unit length for the cosine.
 
     `model` is the version that answered ("NAME:VERSION"), `errors` the items that failed (only with
     on_error="return"). Arrays made from it by numpy carry neither.
@@ -65,7 +67,7 @@ class Similarity:
     """Every image against every text."""
 
     scores: Float32
-    """[N, M], the model's similarity (cosine)."""
+    """[N, M], the model's similarity."""
     logit_scale: float
     """What the model multiplies similarities by before a softmax."""
     model: str
@@ -77,7 +79,7 @@ class PairScores:
     """Image i against text i."""
 
     scores: Float32
-    """[N], the model's similarity (cosine)."""
+    """[N], the model's similarity."""
     logit_scale: float
     model: str
     errors: tuple[FailedItem, ...] = ()
@@ -137,6 +139,6 @@ class Embedded:
     index: int
     """Place of the item in the input."""
     vector: Float32 | None
-    """[D], unit length. None when the item failed."""
+    """[D]. None when the item failed."""
     error: CliptuneError | None = None
     model: str = ""

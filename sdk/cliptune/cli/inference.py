@@ -167,7 +167,7 @@ def _first(vector: np.ndarray[tuple[int], np.dtype[np.float32]]) -> str:
 
 embed = Verb(
     name="embed",
-    summary="embed images or texts into unit vectors",
+    summary="embed images or texts into vectors",
     examples=(
         "cliptune embed cells/*.png --output cells.npy --progress",
         "cliptune embed cat.jpg --json",

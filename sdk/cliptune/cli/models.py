@@ -32,6 +32,8 @@ def _show(client: Client, options: argparse.Namespace) -> int:
         return 0
     print(f"{model.reference}  {', '.join(model.aliases) or 'no alias'}")
     print(f"{model.architecture}, {model.embedding_dim} dimensions, {model.image_size} pixels")
+    values = ", ".join(f"{name} {value:.4g}" for name, value in sorted(model.similarity_parameters.items()))
+    print(f"compared by {model.similarity}" + (f" ({values})" if values else ""))
     print(f"created {moment(model.created)}" + (f" by job {model.job_id}" if model.job_id else ""))
     print(f"loaded on {model.device}" if model.loaded else "not loaded")
     print(f"{model.path}, {size(model.bytes)}")

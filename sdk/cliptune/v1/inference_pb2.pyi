@@ -45,7 +45,7 @@ class EmbedImagesResponse(google.protobuf.message.Message):
     """The version that answered, "NAME:VERSION"."""
     @property
     def embeddings(self) -> cliptune.v1.tensor_pb2.Tensor:
-        """[N, D] float32, unit length."""
+        """[N, D] float32."""
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
@@ -90,7 +90,7 @@ class EmbedTextsResponse(google.protobuf.message.Message):
     model: builtins.str
     @property
     def embeddings(self) -> cliptune.v1.tensor_pb2.Tensor:
-        """[N, D] float32, unit length."""
+        """[N, D] float32."""
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
@@ -142,7 +142,7 @@ class SimilarityResponse(google.protobuf.message.Message):
     """What the model multiplies similarities by before a softmax."""
     @property
     def scores(self) -> cliptune.v1.tensor_pb2.Tensor:
-        """[N images, M texts] float32, the model's similarity (cosine)."""
+        """[N images, M texts] float32, the model's similarity."""
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
@@ -330,7 +330,7 @@ class EmbedStreamResponse(google.protobuf.message.Message):
     model: builtins.str
     @property
     def embedding(self) -> cliptune.v1.tensor_pb2.Tensor:
-        """[D] float32, unit length."""
+        """[D] float32."""
 
     @property
     def error(self) -> cliptune.v1.error_pb2.ErrorDetail: ...

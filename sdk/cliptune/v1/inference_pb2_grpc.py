@@ -30,6 +30,10 @@ class InferenceServiceStub(object):
 
     A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
 
+    Embeddings are what the model's similarity (`Model.similarity`) is a simple formula of: unit vectors for "cosine"
+    and "angular"; vectors whose inner product is "dot"; vectors of which "squared_euclidean" and "mahalanobis" are
+    the negative squared distance; for "lorentz" the space components of points on the hyperboloid.
+
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
     """
@@ -76,6 +80,10 @@ class InferenceServiceServicer(object):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
     A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+
+    Embeddings are what the model's similarity (`Model.similarity`) is a simple formula of: unit vectors for "cosine"
+    and "angular"; vectors whose inner product is "dot"; vectors of which "squared_euclidean" and "mahalanobis" are
+    the negative squared distance; for "lorentz" the space components of points on the hyperboloid.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.
@@ -166,6 +174,10 @@ class InferenceService(object):
     """Embeddings and what follows from them, with dynamic batching across callers.
 
     A model is named "NAME" (its newest version that is loaded), "NAME:VERSION" or "NAME@ALIAS". Empty: the only one loaded.
+
+    Embeddings are what the model's similarity (`Model.similarity`) is a simple formula of: unit vectors for "cosine"
+    and "angular"; vectors whose inner product is "dot"; vectors of which "squared_euclidean" and "mahalanobis" are
+    the negative squared distance; for "lorentz" the space components of points on the hyperboloid.
 
     Each item fails alone. In a request of several items the failed ones are listed in `errors` and their rows
     are NaN; a request of one item fails with that item's status.

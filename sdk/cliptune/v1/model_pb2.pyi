@@ -35,6 +35,22 @@ class Model(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class SimilarityParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
@@ -48,6 +64,8 @@ class Model(google.protobuf.message.Message):
     METRICS_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
+    SIMILARITY_FIELD_NUMBER: builtins.int
+    SIMILARITY_PARAMETERS_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     loaded: builtins.bool
@@ -64,6 +82,8 @@ class Model(google.protobuf.message.Message):
     """Folder in open_clip's own format, on the daemon's machine."""
     device: builtins.str
     """The engine's device that serves it. Empty: not loaded."""
+    similarity: builtins.str
+    """How alike embeddings are: "cosine", ..., or what finds a user's own."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -71,6 +91,10 @@ class Model(google.protobuf.message.Message):
     @property
     def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Evaluation after training."""
+
+    @property
+    def similarity_parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """What it computes with, given or learned, such as "curvature"."""
 
     def __init__(
         self,
@@ -88,9 +112,11 @@ class Model(google.protobuf.message.Message):
         metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         path: builtins.str = ...,
         device: builtins.str = ...,
+        similarity: builtins.str = ...,
+        similarity_parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["created", b"created"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "version", b"version"]) -> None: ...
 
 global___Model = Model
 

@@ -49,6 +49,9 @@ class PublishedModel:
     """Height in pixels."""
     job_id: str
     metrics: Mapping[str, float]
+    similarity: str
+    similarity_values: Mapping[str, float]
+    """What the similarity computes with, given or learned."""
 
     @property
     def key(self) -> str:
@@ -129,7 +132,9 @@ class ModelFiles:
             embedding_dim=int(manifest["embedding_dim"]),
             image_size=int(image_size[0] if isinstance(image_size, list) else image_size),
             job_id=str(manifest.get("job_id") or ""),
-            metrics={str(key): float(value) for key, value in (manifest.get("metrics") or {}).items()},
+            metrics=_numbers(manifest.get("metrics")),
+            similarity=str(manifest.get("similarity") or "cosine"),
+            similarity_values=_numbers(manifest.get("similarity_values")),
         )
 
     def publish(
@@ -220,6 +225,11 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
         with Path(target).open("rb") as file:
             os.fsync(file.fileno())
+
+
+def _numbers(written: Any) -> dict[str, float]:
+    """A table of a manifest."""
+    return {str(key): float(value) for key, value in (written or {}).items()}
 
 
 def _moment(written: object) -> datetime:

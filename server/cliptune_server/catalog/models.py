@@ -355,6 +355,8 @@ class Models:
             image_size=model.image_size,
             job_id=model.job_id,
             metrics=model.metrics,
+            similarity=model.similarity,
+            similarity_parameters=model.similarity_values,
             path=str(model.path),
             device=self._device if loaded else "",
         )

@@ -45,6 +45,8 @@ class ModelRow(Base):
     image_size: Mapped[int]
     job_id: Mapped[str] = mapped_column(index=True)
     metrics: Mapped[dict[str, Any]] = mapped_column(sqlalchemy.JSON)
+    similarity: Mapped[str]
+    similarity_values: Mapped[dict[str, Any]] = mapped_column(sqlalchemy.JSON)
 
 
 class AliasRow(Base):
@@ -280,6 +282,8 @@ def _row(model: PublishedModel) -> ModelRow:
         image_size=model.image_size,
         job_id=model.job_id,
         metrics=dict(model.metrics),
+        similarity=model.similarity,
+        similarity_values=dict(model.similarity_values),
     )
 
 
@@ -295,4 +299,6 @@ def _model(row: ModelRow) -> PublishedModel:
         image_size=row.image_size,
         job_id=row.job_id,
         metrics=row.metrics,
+        similarity=row.similarity,
+        similarity_values=row.similarity_values,
     )

@@ -9,23 +9,22 @@ Shape suffixes: N images or pairs, M texts, C classes, D embedding.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from opentelemetry import trace
 
 from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError
 from cliptune.tensors import pack
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
-from cliptune_model.similarity import Cosine
 from cliptune_server.engine.admission import Admission
 from cliptune_server.engine.batcher import Batcher
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.models import ModelSet, ServedModel
 from cliptune_server.engine.rows import Rows, item_errors, raise_single
+from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.spans import Caller, decode_span
 
 DEFAULT_PROMPT: Final = "a photo of a {label}"
@@ -44,36 +43,37 @@ class Inference:
         self._batcher: Final = batcher
         self._decoder: Final = decoder
         self._admission: Final = admission
-        self._similarity: Final = Cosine()
 
     async def embed_images(
         self, request: inference_pb2.EmbedImagesRequest, caller: Caller
     ) -> inference_pb2.EmbedImagesResponse:
-        """Unit vectors of images."""
+        """Vectors of images, as the model's similarity gives them to clients."""
         self._admission.check_count("images", len(request.images))
         with (
             self._models.use(request.model) as model,
             self._admission.room(len(request.images), request.ByteSize()),
         ):
             rows = await self._embed_images(model, request.images, caller)
-        rows.raise_single()
+            rows.raise_single()
+            vectors_ND = await _given(model.scores, model.scores.image_vectors, rows)
         return inference_pb2.EmbedImagesResponse(
-            model=model.key, embeddings=pack(rows.vectors), errors=item_errors("images", rows.errors)
+            model=model.key, embeddings=pack(vectors_ND), errors=item_errors("images", rows.errors)
         )
 
     async def embed_texts(
         self, request: inference_pb2.EmbedTextsRequest, caller: Caller
     ) -> inference_pb2.EmbedTextsResponse:
-        """Unit vectors of texts."""
+        """Vectors of texts, as the model's similarity gives them to clients."""
         self._admission.check_count("texts", len(request.texts))
         with (
             self._models.use(request.model) as model,
             self._admission.room(len(request.texts), request.ByteSize()),
         ):
             rows = await self._embed_texts(model, request.texts, caller)
-        rows.raise_single()
+            rows.raise_single()
+            vectors_ND = await _given(model.scores, model.scores.text_vectors, rows)
         return inference_pb2.EmbedTextsResponse(
-            model=model.key, embeddings=pack(rows.vectors), errors=item_errors("texts", rows.errors)
+            model=model.key, embeddings=pack(vectors_ND), errors=item_errors("texts", rows.errors)
         )
 
     async def similarity(
@@ -93,7 +93,7 @@ class Inference:
             )
             images.raise_single()
             texts.raise_single()
-            scores_NM = await asyncio.to_thread(self._compare, images.vectors, texts.vectors)
+            scores_NM = await asyncio.to_thread(model.scores.table, images.vectors, texts.vectors)
         return inference_pb2.SimilarityResponse(
             model=model.key,
             scores=pack(scores_NM),
@@ -114,12 +114,12 @@ class Inference:
                 self._embed_images(model, [pair.image for pair in request.pairs], caller),
                 self._embed_texts(model, [pair.text for pair in request.pairs], caller),
             )
-        errors = {**texts.errors, **images.errors}
-        raise_single(errors, len(request.pairs))
-        a_ND, b_ND = torch.from_numpy(images.vectors), torch.from_numpy(texts.vectors)
+            errors = {**texts.errors, **images.errors}
+            raise_single(errors, len(request.pairs))
+            scores_N = await asyncio.to_thread(model.scores.pairs, images.vectors, texts.vectors)
         return inference_pb2.ScorePairsResponse(
             model=model.key,
-            scores=pack(self._similarity.pairs(a_ND, b_ND).numpy()),
+            scores=pack(scores_N),
             logit_scale=model.clip.logit_scale,
             errors=item_errors("pairs", errors),
         )
@@ -127,7 +127,7 @@ class Inference:
     async def classify(
         self, request: inference_pb2.ClassifyRequest, caller: Caller
     ) -> inference_pb2.ClassifyResponse:
-        """Zero-shot: softmax over the classes of logit scale × similarity to the mean of a class's prompts.
+        """Zero-shot: softmax over the classes of logit scale × similarity to a class's ensemble of prompts.
 
         A class with a failed prompt has NaN in its columns and the softmax is over the others; when fewer
         than two are left, the request fails with that prompt's error.
@@ -150,7 +150,7 @@ class Inference:
             images.raise_single()
             if len(classes) - len(texts.errors) < _MIN_CLASSES:
                 raise texts.errors[min(texts.errors)]
-            scores_NC = await asyncio.to_thread(self._compare, images.vectors, texts.vectors)
+            scores_NC = await asyncio.to_thread(model.scores.table, images.vectors, texts.vectors)
         return inference_pb2.ClassifyResponse(
             model=model.key,
             labels=[label for label, _ in classes],
@@ -208,10 +208,7 @@ class Inference:
     async def _embed_classes(
         self, model: ServedModel, classes: Sequence[Sequence[str]], caller: Caller
     ) -> Rows:
-        """One unit vector a class.
-
-        Its prompts' mean, made unit length (Radford et al. 2021, section 3.1.4).
-        """
+        """One text's features a class, as the model's similarity makes them of its prompts'."""
         outcomes: list[Vector | BaseException | None] = [model.class_vectors.get(one) for one in classes]
         unknown = [place for place, outcome in enumerate(outcomes) if outcome is None]
         prompts = [prompt for place in unknown for prompt in classes[place]]
@@ -232,16 +229,16 @@ class Inference:
             if failed:
                 outcomes[place] = failed[0]
             else:
-                mean_D = vectors_PD[start:end].mean(axis=0, dtype=np.float32)
-                vector_D = mean_D / np.float32(max(float(np.linalg.norm(mean_D)), 1e-12))
+                vector_D = model.scores.ensemble(vectors_PD[start:end])
                 model.class_vectors.put(classes[place], vector_D)
                 outcomes[place] = vector_D
             start = end
         return Rows.of([outcome for outcome in outcomes if outcome is not None], model.dim)
 
-    def _compare(self, a_ND: Vector, b_MD: Vector) -> Vector:
-        scores_NM: Vector = self._similarity(torch.from_numpy(a_ND), torch.from_numpy(b_MD)).numpy()
-        return scores_NM
+
+async def _given(scores: Scores, vectors: Callable[[Vector], Vector], rows: Rows) -> Vector:
+    """Vectors of clients; those of the cosine are there already, and a thread would only cost time."""
+    return rows.vectors if scores.given_as_kept else await asyncio.to_thread(vectors, rows.vectors)
 
 
 async def _both(images: Awaitable[Rows], texts: Awaitable[Rows]) -> tuple[Rows, Rows]:

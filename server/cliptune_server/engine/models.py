@@ -29,6 +29,7 @@ from cliptune_model.clip import Clip
 from cliptune_model.exported import load_exported
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.decode import Decoder
+from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.spans import Caller
 from cliptune_server.engine.towers import Towers
 from cliptune_server.engine.vectors import VectorCache
@@ -50,6 +51,7 @@ class ServedModel:
     clip: Clip
     images: Lane
     texts: Lane
+    scores: Scores
     decoded_ahead: asyncio.Semaphore
     """Decoded images that may wait for this model: two batches, so that one is ready while another runs."""
     class_vectors: VectorCache = field(default_factory=VectorCache)
@@ -195,6 +197,7 @@ class ModelSet:
             clip=towers.clip,
             images=self._batcher.open(key, "image", towers.images),
             texts=self._batcher.open(key, "text", towers.texts),
+            scores=Scores(towers.clip.similarity),
             decoded_ahead=asyncio.Semaphore(self._decoded_ahead),
         )
 

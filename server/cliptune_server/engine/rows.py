@@ -30,7 +30,7 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rows:
-    """[N, D] unit vectors; a failed item's row is NaN and its error stands under its place."""
+    """[N, D] features; a failed item's row is NaN and its error stands under its place."""
 
     vectors: Vector
     """[N, D] float32."""

@@ -1,8 +1,8 @@
 """The two towers of a loaded CLIP, as the batcher's forwards.
 
-Enters: preprocessed images or tokens, one tensor an item, on the CPU. Leaves: unit vectors as numpy. Called
-on the device's thread only. Computed in fp32 and in inference mode, so that a vector equals plain
-open_clip's.
+Enters: preprocessed images or tokens, one tensor an item, on the CPU. Leaves: features as numpy, of unit
+length where the model's similarity looks at directions alone. Called on the device's thread only. Computed
+in fp32 and in inference mode, so that a vector equals plain open_clip's.
 
 Shape suffixes: N items, C channels, H height, W width, L tokens, D embedding.
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cliptune.errors import OverloadedError
 from cliptune_model.clip import Clip
-from cliptune_model.similarity import normalise
 
 
 class Towers:
@@ -29,12 +28,13 @@ class Towers:
         self.clip: Final = clip
         self._device: Final = clip.device
         clip.model.eval().requires_grad_(False)
+        clip.similarity.eval().requires_grad_(False)
 
     @torch.inference_mode()
     def images(self, images_CHW: Sequence[Tensor]) -> npt.NDArray[np.float32]:
         """N of [3, H, W] → [N, D]."""
         try:
-            return _numpy(self.clip.encode_images(torch.stack(list(images_CHW)).to(self._device)))
+            return self._numpy(self.clip.encode_images(torch.stack(list(images_CHW)).to(self._device)))
         except RuntimeError as error:
             raise _told(error) from error
 
@@ -42,14 +42,13 @@ class Towers:
     def texts(self, tokens_L: Sequence[Tensor]) -> npt.NDArray[np.float32]:
         """N of [L] int64 → [N, D]."""
         try:
-            return _numpy(self.clip.encode_texts(torch.stack(list(tokens_L)).to(self._device)))
+            return self._numpy(self.clip.encode_texts(torch.stack(list(tokens_L)).to(self._device)))
         except RuntimeError as error:
             raise _told(error) from error
 
-
-def _numpy(embeddings_ND: Tensor) -> npt.NDArray[np.float32]:
-    rows_ND: npt.NDArray[np.float32] = normalise(embeddings_ND).cpu().numpy()
-    return rows_ND
+    def _numpy(self, features_ND: Tensor) -> npt.NDArray[np.float32]:
+        rows_ND: npt.NDArray[np.float32] = self.clip.similarity.kept(features_ND).cpu().numpy()
+        return rows_ND
 
 
 def _told(error: RuntimeError) -> Exception:

@@ -21,7 +21,7 @@ Vector = npt.NDArray[np.float32]
 
 
 class VectorCache:
-    """Prompts of a class → its [D] unit vector."""
+    """Prompts of a class → its [D] text features."""
 
     def __init__(self, max_classes: int = _MAX_CLASSES, max_chars: int = _MAX_CHARS) -> None:
         self._max_classes: Final = max_classes

@@ -177,7 +177,8 @@ class EmbeddingCard(BaseModel):
     object: str = Field(default="embedding", description="Always `embedding`.")
     index: int
     embedding: list[float] | str | None = Field(
-        description="Of unit length. A string: base64 of float32, little-endian. null: see `errors`."
+        description="Of unit length where the model is compared by the cosine. A string: base64 of float32,"
+        " little-endian. null: see `errors`."
     )
 
 

@@ -78,7 +78,7 @@ async def embed_images(
     responses=_FAILURES,
 )
 async def similarity(request: Request, body: forms.SimilarityBody) -> Response:
-    """Cosine similarities [images][texts]; multiply by `logit_scale` before a softmax."""
+    """Similarities [images][texts], by the model's own; multiply by `logit_scale` before a softmax."""
     wanted = inference_pb2.SimilarityRequest(
         model=body.model, images=forms.image_messages(body.images), texts=body.texts
     )
@@ -100,7 +100,7 @@ async def similarity(request: Request, body: forms.SimilarityBody) -> Response:
     responses=_FAILURES,
 )
 async def score_pairs(request: Request, body: forms.ScorePairsBody) -> Response:
-    """Cosine similarity of each pair."""
+    """Similarity of each pair, by the model's own."""
     pairs = [
         inference_pb2.ImageTextPair(
             image=forms.image_message(pair.image, f"pairs[{i}].image"), text=pair.text
