@@ -26,6 +26,7 @@ from cliptune_model.compiled import compile_towers
 from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
+from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -143,7 +144,7 @@ def _loader(setting: Setting, clip: Clip, pairs: Pairs, workers: int, *, exact: 
         clip,
         batch_size=setting.batch_size,
         seed=0,
-        augmentation=setting.augmentation,
+        augmentation=NAMED[setting.augmentation],
         exact=exact,
         workers=workers,
     )

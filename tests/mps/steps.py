@@ -110,7 +110,7 @@ def batch_for(clip: Clip, rows: int) -> Batch:
     return Batch(
         epoch=0,
         index=0,
-        images_B3HW=Images(pixels_BHW3, normalisation, torch.zeros(rows, dtype=torch.bool)),
+        images_B3HW=Images(pixels_BHW3, normalisation, torch.zeros(rows, 3, 4)),
         tokens_BL=torch.ones(rows, 16, dtype=torch.int64),
         image_ids_B=ids_B,
         caption_ids_B=ids_B // 2,

@@ -9,6 +9,7 @@ import torch
 
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune_model.clip import Clip
+from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Findings, Pairs, read_dataset
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -182,7 +183,7 @@ def pairs(folder: Path, rows: int = 12) -> Pairs:
 
 
 def load(folder: Path, clip: Clip, first: int = 0, total: int = 6, **options: object) -> list[Batch]:
-    options = {"augmentation": "crop", **options}
+    options = {"augmentation": NAMED["crop"], **options}
     with Loader(pairs(folder), clip, batch_size=5, seed=5, **options) as loader:  # type: ignore[arg-type]
         return list(loader.batches(first, total))
 

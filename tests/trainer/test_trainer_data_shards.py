@@ -15,6 +15,7 @@ from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.clip import Clip
 from cliptune_trainer.data import samples as samples_module
+from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -87,7 +88,7 @@ def test_shards_hold_the_rows_that_a_table_of_the_same_files_holds(
 
     def load(dataset: Dataset, workers: int, first: int = 0) -> list[Batch]:
         with Loader(
-            dataset.train, clip, batch_size=8, seed=2, augmentation="crop", workers=workers
+            dataset.train, clip, batch_size=8, seed=2, augmentation=NAMED["crop"], workers=workers
         ) as loader:
             return list(loader.batches(first, 9))
 

@@ -19,6 +19,7 @@ from cliptune.errors import DataError, ImageDecodeError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data import pools
+from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder
@@ -83,7 +84,9 @@ def test_fast_decoding_of_large_jpegs_stays_close_to_the_exact_one(
         path = tmp_path / f"{number}.jpg"
         smooth(width, height, seed=number).save(path, quality=90)
         exact, fast = (
-            Decoder.of(config, augmentation=augmentation, seed=1, exact=exact)(path, 3, number).astype(int)
+            Decoder.of(config, augmentation=NAMED[augmentation], seed=1, exact=exact)(path, 3, number).astype(
+                int
+            )
             for exact in (True, False)
         )
         assert np.abs(exact - fast).mean() < 1.5, (width, height)
@@ -99,17 +102,17 @@ def test_a_broken_jpeg_is_an_error_in_both_ways_of_decoding(tmp_path: Path) -> N
             Decoder.of(CONFIG, exact=exact)(path)
 
 
-def test_slices_of_images_are_normalised_and_mirrored_as_they_are_asked_for() -> None:
+def test_slices_of_images_are_normalised_and_coloured_as_they_are_asked_for() -> None:
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 8, 10, 3), dtype=np.uint8))
-    flips = torch.tensor([True, False, True, True, False, False])
-    plain = Images(pixels, Normalisation.of(CONFIG, CPU))
-    mirrored = Images(pixels, Normalisation.of(CONFIG, CPU), flips)
+    mixes = torch.zeros(6, 3, 4)
+    mixes[:, 0, 2] = mixes[:, 1, 1] = mixes[:, 2, 0] = 1  # red and blue change places
+    normalisation = Normalisation([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], CPU)
+    plain, swapped = Images(pixels, normalisation), Images(pixels, normalisation, mixes)
     assert plain.shape == (6, 3, 8, 10)
     assert len(plain) == 6
-    for row in range(6):
-        wanted = plain[row : row + 1].flip(-1) if flips[row] else plain[row : row + 1]
-        assert torch.equal(mirrored[2 * (row // 2) : 2 * (row // 2) + 2][row % 2], wanted[0])
-    assert torch.equal(mirrored.to("cpu"), mirrored[:])
+    for start in (0, 2, 4):
+        assert torch.equal(swapped[start : start + 2], plain[start : start + 2].flip(1))
+    assert torch.equal(swapped.to("cpu"), swapped[:])
 
 
 def pairs(folder: Path, rows: int = 12) -> Pairs:
@@ -127,14 +130,14 @@ def pairs(folder: Path, rows: int = 12) -> Pairs:
 
 
 def load(folder: Path, clip: Clip, first: int = 0, total: int = 6, **options: Any) -> list[Batch]:
-    options = {"augmentation": "crop", "batch_size": 5, "rows": 12, **options}
+    options = {"augmentation": NAMED["crop"], "batch_size": 5, "rows": 12, **options}
     with Loader(pairs(folder, options.pop("rows")), clip, seed=5, **options) as loader:
         return list(loader.batches(first, total))
 
 
 def test_half_of_the_images_are_mirrored_other_ones_each_epoch(tiles: Path, clip: Clip) -> None:
-    plain = load(tiles, clip, total=4, batch_size=30, rows=60, augmentation="none")
-    flipped = load(tiles, clip, total=4, batch_size=30, rows=60, augmentation="flip")
+    plain = load(tiles, clip, total=4, batch_size=30, rows=60, augmentation=NONE)
+    flipped = load(tiles, clip, total=4, batch_size=30, rows=60, augmentation=NAMED["flip"])
     marks = []
     for one, other in zip(plain, flipped, strict=True):
         for image, mirrored in zip(one.images_B3HW[:], other.images_B3HW[:], strict=True):
@@ -165,7 +168,7 @@ def test_losing_the_processes_costs_nothing(tiles: Path, clip: Clip) -> None:
         clip,
         batch_size=5,
         seed=5,
-        augmentation="crop",
+        augmentation=NAMED["crop"],
         workers=1,
         on_workers_lost=lambda: lost.append(True),
     ) as loader:
@@ -196,7 +199,9 @@ def test_without_shared_memory_threads_decode_and_it_is_told(
 def test_a_loader_can_be_left_in_the_middle_and_begun_anew(tiles: Path, clip: Clip) -> None:
     wanted = load(tiles, clip, total=50)
     for workers in (0, 1):
-        with Loader(pairs(tiles), clip, batch_size=5, seed=5, augmentation="crop", workers=workers) as loader:
+        with Loader(
+            pairs(tiles), clip, batch_size=5, seed=5, augmentation=NAMED["crop"], workers=workers
+        ) as loader:
             first = loader.batches(0, 50)
             assert same(next(first), wanted[0])
             again = loader.batches(2, 50)
@@ -221,7 +226,7 @@ def test_what_goes_bad_is_told_in_the_callers_thread_with_the_batch_that_it_conc
             clip,
             batch_size=5,
             seed=5,
-            augmentation="crop",
+            augmentation=NAMED["crop"],
             workers=workers,
             max_bad=1,
             on_bad_row=lambda pair, reason, told=told: told.append(  # type: ignore[misc]
@@ -247,7 +252,7 @@ def test_when_no_stand_in_can_be_read_the_job_ends_with_the_row(tmp_path: Path, 
 
 def test_texts_are_cut_to_the_longest_of_their_batch(tiles: Path, clip: Clip) -> None:
     long = build(ModelSource(name="cliptune-tiny-vit"))
-    (batch,) = load(tiles, long, total=1, augmentation="none")
+    (batch,) = load(tiles, long, total=1, augmentation=NONE)
     longest = int(batch.tokens_BL.argmax(dim=1).max()) + 1
     assert longest <= batch.tokens_BL.shape[1] < long.context_length == 32
 
@@ -311,8 +316,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("augmentation", ["none", "flip"])
-def test_batches_on_a_cuda_device_equal_those_on_the_cpu(tiles: Path, clip: Clip, augmentation: str) -> None:
+@pytest.mark.parametrize("augmentation", [NONE, Augmentation(flip_horizontal=True, hue=0.2)])
+def test_batches_on_a_cuda_device_equal_those_on_the_cpu(
+    tiles: Path, clip: Clip, augmentation: Augmentation
+) -> None:
     wanted = load(tiles, clip, total=20, augmentation=augmentation)
     clip.model.to("cuda")
     got = load(tiles, clip, total=20, augmentation=augmentation, workers=2)

@@ -111,7 +111,7 @@ class Training:
         self._loader = Loader(
             dataset.train,
             clip,
-            augmentation=spec.data.augmentation,
+            augmentation=spec.data.augment,
             exact=decisions.exact_decode,
             batch_size=decisions.batch_size,
             seed=spec.train.seed,

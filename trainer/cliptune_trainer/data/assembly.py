@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from cliptune.errors import CliptuneError, DataError
-from cliptune_trainer.data.augment import mirrored
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Bytes4, Decoder, Pixels, reason
 from cliptune_trainer.data.pools import Chunk, Pool, Threads
@@ -43,7 +42,6 @@ class Recipe:
     tokenize: Callable[[Sequence[str]], Tensor]
     batch_size: int
     seed: int
-    flip: bool
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,7 +55,7 @@ class Assembled:
 
     Attributes:
         step: that it is for.
-        transfer: of pixels, tokens, image ids, caption ids, and flips if there are any.
+        transfer: of pixels, tokens, image ids, caption ids, and mixes of colours if there are any.
         bad: rows whose image cannot be read, and why, in the order in which that was found.
         error: no stand-in was found.
         workers_lost: the pool's processes died.
@@ -87,7 +85,6 @@ class Assembly:
         self._recipe, self._carrier = recipe, carrier
         # Requests run ahead of assembly, into the next epoch: both epochs are kept.
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(recipe.seed, epoch, len(recipe.pairs)))
-        self._flips = lru_cache(maxsize=1)(lambda epoch: mirrored(recipe.seed, epoch, len(recipe.pairs)))
         self._step = first_step
         self._requests = self._all_requests(first_step, total_steps)
         self._waiting: deque[Chunk] = deque()
@@ -108,8 +105,10 @@ class Assembly:
             torch.from_numpy(pairs.image_ids[places]),
             torch.from_numpy(pairs.caption_ids[places]),
         ]
-        if recipe.flip:
-            tensors.append(torch.from_numpy(self._flips(epoch)[places]))
+        augmentation = recipe.decoder.augmentation
+        if augmentation.colours:
+            rows = [pairs.pairs[place].row for place in places]
+            tensors.append(torch.from_numpy(augmentation.mixes(recipe.seed, epoch, rows)))
         lost, self._workers_lost = self._workers_lost, False
         return Assembled(
             step=step, transfer=self._carrier.begin(tensors), bad=bad, error=error, workers_lost=lost

@@ -22,8 +22,8 @@ from PIL import Image
 
 from cliptune.errors import CliptuneError
 from cliptune_model.pixels import decode_image, decode_scaled
-from cliptune_trainer.data.augment import random_rectangle
-from cliptune_trainer.data.geometry import Box, Framing, Geometry
+from cliptune_trainer.data.augment import NONE, Augmentation, View
+from cliptune_trainer.data.geometry import Framing, Geometry
 from cliptune_trainer.data.source import ImageSource, Request
 
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [H, W, 3]
@@ -40,15 +40,15 @@ class Decoder:
 
     Attributes:
         geometry: which part of an image, at what size.
-        crop: take a random rectangle first.
-        seed: of the rectangles.
+        augmentation: of it, crops, turns and flips are done here; colours are the device's (`Images`).
+        seed: of what is drawn.
         exact: as open_clip's evaluation transform, to the bit. Otherwise JPEGs are decoded at a fraction of
             their size where that is enough, and every image is cropped and resized in one pass: photo-like
             images of 640 × 480, read at 224, then differ by one level of 255 on average (46 dB).
     """
 
     geometry: Geometry
-    crop: bool = False
+    augmentation: Augmentation = NONE
     seed: int = 0
     exact: bool = True
 
@@ -57,15 +57,12 @@ class Decoder:
         cls,
         preprocess_config: Mapping[str, Any],
         *,
-        augmentation: str = "none",
+        augmentation: Augmentation = NONE,
         seed: int = 0,
         exact: bool = True,
     ) -> Decoder:
-        """For a model's `preprocess_config`. Of the augmentations only "crop" is done here; "flip" is the
-        device's (`Images`)."""
-        return cls(
-            geometry=Geometry.of(preprocess_config), crop=augmentation == "crop", seed=seed, exact=exact
-        )
+        """For a model's `preprocess_config`."""
+        return cls(geometry=Geometry.of(preprocess_config), augmentation=augmentation, seed=seed, exact=exact)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -75,37 +72,42 @@ class Decoder:
     def __call__(self, image: ImageSource, epoch: int = 0, row: int = 0) -> Pixels:
         """Pixels of an image. Raises OSError, `ImageDecodeError` or `ImageSizeError`."""
         encoded = image.read_bytes()
-        whole = self._exactly(encoded, epoch, row) if self.exact else self._quickly(encoded, epoch, row)
-        pixels: Pixels = np.asarray(whole)
+        view = self.augmentation.view(self.seed, epoch, row)
+        geometry = self.geometry.aside if view.quarters % 2 else self.geometry
+        framed = (_exactly if self.exact else _quickly)(encoded, geometry, view)
+        pixels: Pixels = np.asarray(view.settled(framed))
         return pixels
 
-    def _exactly(self, encoded: bytes, epoch: int, row: int) -> Image.Image:
-        image = decode_image(encoded)
-        if self.crop:
-            image = image.crop(random_rectangle(*image.size, seed=self.seed, epoch=epoch, row=row))
-        return self.geometry(image)
 
-    def _quickly(self, encoded: bytes, epoch: int, row: int) -> Image.Image:
-        framings: list[Framing] = []
+def _exactly(encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
+    image = decode_image(encoded)
+    box = view.box(*image.size)
+    if view.degrees:
+        return geometry.turned(image, geometry.framing(*image.size, box), 1.0, view.degrees)
+    return geometry(image.crop(box) if box else image)
 
-        def enough(width: int, height: int) -> tuple[int, int]:
-            box: Box | None = None
-            if self.crop:
-                box = random_rectangle(width, height, seed=self.seed, epoch=epoch, row=row)
-            framings.append(self.geometry.framing(width, height, box))
-            enough_w, enough_h = framings[-1].enough
-            return (
-                (math.ceil(enough_w * _CROP_ENOUGH), math.ceil(enough_h * _CROP_ENOUGH))
-                if self.crop
-                else (enough_w, enough_h)
-            )
 
-        image, scale = decode_scaled(encoded, enough)
-        (width, height) = framings[0].source
-        if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
-            enough(*image.size)  # the header did not tell the truth, or the format turned the image
-            scale = 1.0
-        return self.geometry.framed(image, framings[-1], scale)
+def _quickly(encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
+    framings: list[Framing] = []
+
+    def enough(width: int, height: int) -> tuple[int, int]:
+        box = view.box(width, height)
+        framings.append(geometry.framing(width, height, box))
+        enough_w, enough_h = framings[-1].enough
+        return (
+            (math.ceil(enough_w * _CROP_ENOUGH), math.ceil(enough_h * _CROP_ENOUGH))
+            if box
+            else (enough_w, enough_h)
+        )
+
+    image, scale = decode_scaled(encoded, enough)
+    (width, height) = framings[0].source
+    if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
+        enough(*image.size)  # the header did not tell the truth, or the format turned the image
+        scale = 1.0
+    if view.degrees:
+        return geometry.turned(image, framings[-1], scale, view.degrees)
+    return geometry.framed(image, framings[-1], scale)
 
 
 def decode_rows(decoder: Decoder, requests: Sequence[Request], pixels_NHW3: Bytes4) -> list[str]:

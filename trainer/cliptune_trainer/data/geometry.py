@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 from PIL import Image
 
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom in pixels
@@ -65,6 +66,11 @@ class Geometry:
             fill=int(preprocess_config["fill_color"] or 0),
         )
 
+    @property
+    def aside(self) -> Geometry:
+        """For what a quarter turn brings to this size."""
+        return replace(self, width=self.height, height=self.width)
+
     def __call__(self, image: Image.Image) -> Image.Image:
         """The model's input, equal to open_clip's to the bit."""
         size = self._resized(*image.size)
@@ -102,14 +108,42 @@ class Geometry:
 
         Differs from `__call__` by what the decoder's scaling changes, and by the rounding of the box.
         """
-        left, top, right, bottom = (edge / scale for edge in framing.box)
-        box = (left, top, min(right, image.width), min(bottom, image.height))
-        part = image.resize(framing.size, self.resample, box=box)
-        if framing.size == (self.width, self.height):
-            return part
-        canvas = self._canvas()
-        canvas.paste(part, framing.place)
-        return canvas
+        return self._placed(self._part(image, framing.box, framing.size, scale), framing)
+
+    def turned(self, image: Image.Image, framing: Framing, scale: float, degrees: float) -> Image.Image:
+        """The same as `framed`, turned counter-clockwise about the middle of the box.
+
+        What is beyond the box is seen where the corners turn in; what is beyond the image repeats its border.
+        """
+        left, top, right, bottom = framing.box
+        (source_w, source_h), (width, height) = framing.source, framing.size
+        per_x, per_y = (right - left) / width, (bottom - top) / height
+        cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+        # Pixels of the result around it that turn in; one more for the resampling.
+        around_x = max(math.ceil((width * cosine + height * sine - width) / 2), 0) + 1
+        around_y = max(math.ceil((width * sine + height * cosine - height) / 2), 0) + 1
+        more_left, more_right = (min(int(room / per_x), around_x) for room in (left, source_w - right))
+        more_top, more_bottom = (min(int(room / per_y), around_y) for room in (top, source_h - bottom))
+        box = (
+            left - more_left * per_x,
+            top - more_top * per_y,
+            right + more_right * per_x,
+            bottom + more_bottom * per_y,
+        )
+        size = (width + more_left + more_right, height + more_top + more_bottom)
+        seen = self._part(image, box, size, scale)
+        padded = np.pad(
+            np.asarray(seen),
+            (
+                (around_y - more_top, around_y - more_bottom),
+                (around_x - more_left, around_x - more_right),
+                (0, 0),
+            ),
+            mode="edge",
+        )
+        whole = Image.fromarray(padded).rotate(degrees, Image.Resampling.BICUBIC)
+        part = whole.crop((around_x, around_y, around_x + width, around_y + height))
+        return self._placed(part, framing)
 
     def _resized(self, width: int, height: int) -> Size:
         """Size of the whole image before the middle is cut out of it, or the rest filled."""
@@ -122,6 +156,18 @@ class Geometry:
             return (self.width, longer) if width <= height else (longer, self.width)
         ratio = max(ratio_w, ratio_h) if self.mode == "longest" else min(ratio_w, ratio_h)
         return max(round(width / ratio), 1), max(round(height / ratio), 1)
+
+    def _part(self, image: Image.Image, box: Box, size: Size, scale: float) -> Image.Image:
+        left, top, right, bottom = (edge / scale for edge in box)
+        within = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+        return image.resize(size, self.resample, box=within)
+
+    def _placed(self, part: Image.Image, framing: Framing) -> Image.Image:
+        if framing.size == (self.width, self.height):
+            return part
+        canvas = self._canvas()
+        canvas.paste(part, framing.place)
+        return canvas
 
     def _canvas(self) -> Image.Image:
         return Image.new("RGB", (self.width, self.height), (self.fill, self.fill, self.fill))

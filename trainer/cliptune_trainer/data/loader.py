@@ -20,6 +20,7 @@ from torch import Tensor
 from cliptune.errors import DataError
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.assembly import Assembled, Assembly, Recipe
+from cliptune_trainer.data.augment import NONE, Augmentation
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.images import Images, Normalisation
@@ -52,7 +53,7 @@ class Loader:
         clip: the model: how it preprocesses and tokenises, and where it is.
         batch_size: pairs in a batch, at most `len(pairs)`.
         seed: of order, augmentation and stand-ins.
-        augmentation: "none", "flip" or "crop".
+        augmentation: changes to images, drawn anew in each epoch.
         exact: decode as open_clip's evaluation transform does, to the bit; otherwise quicker (`Decoder`).
         workers: decoding processes; 0: threads of this one.
         max_bad: rows that may go bad while training.
@@ -68,7 +69,7 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
-        augmentation: str = "none",
+        augmentation: Augmentation = NONE,
         exact: bool = True,
         workers: int = 0,
         max_bad: int = 0,
@@ -82,7 +83,6 @@ class Loader:
             tokenize=clip.tokenize_trimmed,
             batch_size=batch_size,
             seed=seed,
-            flip=augmentation == "flip",
         )
         self._normalisation = Normalisation.of(clip.preprocess_config, clip.device)
         self._carrier = Carrier(clip.device)
@@ -138,11 +138,11 @@ class Loader:
         if assembled.error is not None:
             raise assembled.error
         epoch, index = divmod(assembled.step, self.steps_per_epoch)
-        pixels_BHW3, tokens_BL, image_ids_B, caption_ids_B, *flips = assembled.transfer.arrive()
+        pixels_BHW3, tokens_BL, image_ids_B, caption_ids_B, *mixes = assembled.transfer.arrive()
         return Batch(
             epoch=epoch,
             index=index,
-            images_B3HW=Images(pixels_BHW3, self._normalisation, flips[0] if flips else None),
+            images_B3HW=Images(pixels_BHW3, self._normalisation, mixes[0] if mixes else None),
             tokens_BL=tokens_BL,
             image_ids_B=image_ids_B,
             caption_ids_B=caption_ids_B,

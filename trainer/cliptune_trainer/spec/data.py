@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from cliptune.v1 import spec_pb2
+from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
 from cliptune_trainer.spec.check import one_of, within, wrong
 
-AUGMENTATIONS: Final = ("none", "flip", "crop")
 DECODES: Final = ("auto", "exact", "fast")
 
 
@@ -26,7 +26,7 @@ class DataConfig:
     group_column: str = ""
     validation_fraction: float = 0.1
     max_bad_fraction: float = 0.01
-    augmentation: str = "none"
+    augment: Augmentation = NONE
     workers: int | None = None  # chosen by device, cores and rows
     decode: str = "auto"
 
@@ -35,7 +35,12 @@ class DataConfig:
             raise wrong("data.train", "empty", "a CSV or TSV file with a header row, or tar shards")
         within("data.validation_fraction", self.validation_fraction, 0.0, 0.9)
         within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
-        one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
+        within("data.augment.rotate_degrees", self.augment.rotate_degrees, 0.0, 180.0)
+        within("data.augment.crop_min_area", self.augment.crop_min_area, 0.0, 1.0)
+        within("data.augment.brightness", self.augment.brightness, 0.0, 0.9)
+        within("data.augment.contrast", self.augment.contrast, 0.0, 0.9)
+        within("data.augment.saturation", self.augment.saturation, 0.0, 1.0)
+        within("data.augment.hue", self.augment.hue, 0.0, 0.5)
         if self.workers is not None:
             within("data.workers", self.workers, 0, 256)
         one_of("data.decode", self.decode, DECODES)
@@ -54,7 +59,29 @@ def data_config(data: spec_pb2.DataSpec) -> DataConfig:
         group_column=data.group_column,
         validation_fraction=data.validation_fraction if data.HasField("validation_fraction") else 0.1,
         max_bad_fraction=data.max_bad_fraction if data.HasField("max_bad_fraction") else 0.01,
-        augmentation=data.augmentation or "none",
+        augment=_augmentation(data),
         workers=data.workers if data.HasField("workers") else None,
         decode=data.decode or "auto",
+    )
+
+
+def _augmentation(data: spec_pb2.DataSpec) -> Augmentation:
+    if not data.HasField("augment"):
+        one_of("data.augmentation", data.augmentation or "none", tuple(NAMED))
+        return NAMED[data.augmentation or "none"]
+    if data.augmentation:
+        raise wrong(
+            "data.augmentation", repr(data.augmentation), "nothing beside data.augment, which says it in full"
+        )
+    wanted = data.augment
+    return Augmentation(
+        flip_horizontal=wanted.flip_horizontal,
+        flip_vertical=wanted.flip_vertical,
+        rotate_quarter=wanted.rotate_quarter,
+        rotate_degrees=wanted.rotate_degrees,
+        crop_min_area=wanted.crop_min_area or 1.0,
+        brightness=wanted.brightness,
+        contrast=wanted.contrast,
+        saturation=wanted.saturation,
+        hue=wanted.hue,
     )
