@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Final
 
@@ -28,15 +27,12 @@ from cliptune_trainer.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.execution import Execution
 from cliptune_trainer.job import JobFolder
-from cliptune_trainer.losses.entry import TEACHER
-from cliptune_trainer.losses.temperature import begin, hold
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.planning import Planner
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepOutOfMemoryError
-from cliptune_trainer.teacher import StartingModel
 
 # The timed step is a small one, scaled up: preparation must not take long.
 _TIMED_PAIRS: Final = 16
@@ -121,19 +117,9 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, exe
     away."""
     pairs = min(decisions.batch_size, execution.plan.micro_batch_size, _TIMED_PAIRS)
     scale = decisions.batch_size / pairs
-    objective = execution.objective(spec.loss, clip.similarity)
-    teacher = StartingModel(deepcopy(clip)) if TEACHER in spec.loss.needs else None
-    hold(clip.model, spec.loss)
-    optimizer = build_optimizer(
-        clip.model,
-        learning_rate=1e-6,
-        weight_decay=spec.train.weight_decay,
-        beside={"similarity": clip.similarity, "loss": objective},
-    )
+    optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=spec.train.weight_decay)
     precision = Precision(execution.precision, clip.device)
-    step = Step(
-        clip, objective, optimizer, precision, clip_norm=spec.train.clip_norm, teacher=teacher
-    )
+    step = Step(clip, execution.loss(spec.loss), optimizer, precision, clip_norm=spec.train.clip_norm)
     clip.model.train()
     with Loader(
         dataset.train,
