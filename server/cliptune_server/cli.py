@@ -61,6 +61,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that jobs may read data from; repeat for several (default: the working directory)",
     )
     parser.add_argument(
+        "--allow-code",
+        dest="code_folders",
+        type=Path,
+        action="append",
+        metavar="FOLDER",
+        help="folder whose Python files jobs may run as a loss or a similarity of their own; repeat for"
+        " several (default: none)",
+    )
+    parser.add_argument(
         "--grace",
         dest="grace_s",
         type=float,
@@ -95,6 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
         standby=arguments.standby,
         yield_to_inference=arguments.yield_to_inference,
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
+        code_folders=tuple(arguments.code_folders or ()),
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,
     )

@@ -6,6 +6,7 @@ hands on in parts. A wrong value is reported as `InvalidInputError` with the val
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,22 @@ class JobsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetsConfig:
+    """What uploaded data sets may take."""
+
+    quota_bytes: int = 0
+    """Of all together, with what uploads under way have announced. 0: no limit but the disk."""
+    keep_uploads_s: float = 7 * 24 * 3600.0
+    """An upload that nobody went on with for so long is removed."""
+
+    def __post_init__(self) -> None:
+        if self.quota_bytes < 0:
+            raise InvalidInputError(f"the quota of data sets must not be negative, and is {self.quota_bytes}")
+        if self.keep_uploads_s <= 0:
+            raise InvalidInputError(f"keep_uploads_s must be above 0, not {self.keep_uploads_s}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerConfig:
     """One daemon."""
 
@@ -85,9 +102,13 @@ class ServerConfig:
     """Ask trainers on the engine's accelerator to stand still while requests are in flight."""
     data_roots: tuple[Path, ...] = ()
     """Folders that jobs may read from, beside the home's own uploads and models."""
+    code_folders: tuple[Path, ...] = ()
+    """Folders whose Python files jobs may name as a loss or a similarity: whoever may write there runs code
+    as this daemon's user."""
     grace_s: float = 30.0
     """Time that a stop gives to calls in flight and to trainers that checkpoint."""
     log_level: str = "info"
+    datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -106,11 +127,16 @@ class ServerConfig:
         if self.grace_s < 0:
             raise InvalidInputError(f"grace_s must not be negative, and is {self.grace_s}")
         object.__setattr__(self, "home", self.home.expanduser().absolute())
-        object.__setattr__(self, "data_roots", tuple(_folder(root) for root in self.data_roots))
+        object.__setattr__(self, "data_roots", tuple(_folder("data root", root) for root in self.data_roots))
+        if any(os.pathsep in str(folder) for folder in self.code_folders):
+            raise InvalidInputError(f"a code folder's path holds {os.pathsep!r}: {self.code_folders}")
+        object.__setattr__(
+            self, "code_folders", tuple(_folder("code folder", one) for one in self.code_folders)
+        )
 
 
-def _folder(path: Path) -> Path:
+def _folder(what: str, path: Path) -> Path:
     resolved = path.expanduser().resolve()
     if not resolved.is_dir():
-        raise InvalidInputError(f"the data root {path} is not a folder", path=path)
+        raise InvalidInputError(f"the {what} {path} is not a folder", path=path)
     return resolved

@@ -91,6 +91,7 @@ class Daemon:
                     device=config.device,
                     threads=config.threads,
                     home=config.home,
+                    code_folders=config.code_folders,
                     message_bytes=config.limits.message_bytes,
                     standby=config.standby,
                 ),
@@ -102,7 +103,7 @@ class Daemon:
             jobs = Jobs(
                 home=home,
                 database=database,
-                launcher=LocalLauncher(),
+                launcher=LocalLauncher(code_folders=config.code_folders),
                 link=LinkService(home.link_path()),
                 publisher=models,
                 config=JobsConfig(data_roots=config.data_roots),

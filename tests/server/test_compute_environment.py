@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from cliptune_server.compute_environment import SPIN_COUNT, compute_environment
 
 
@@ -12,3 +14,10 @@ def test_threads_spin_shortly_so_that_processes_share_the_cores() -> None:
 def test_what_the_user_chose_stays() -> None:
     for chosen in ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}):
         assert compute_environment(chosen) == chosen
+
+
+def test_only_the_owners_folders_may_bring_code_whatever_was_inherited() -> None:
+    inherited = {"CLIPTUNE_ALLOW_CODE": "/anybody", "OMP_WAIT_POLICY": "ACTIVE"}
+    assert compute_environment(inherited) == {"OMP_WAIT_POLICY": "ACTIVE"}
+    allowed = compute_environment(inherited, [Path("/srv/a"), Path("/srv/b")])
+    assert allowed["CLIPTUNE_ALLOW_CODE"] == "/srv/a:/srv/b"

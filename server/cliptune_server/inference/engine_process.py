@@ -54,6 +54,8 @@ class EngineConfig:
     """None: the engine chooses."""
     home: Path | None = None
     """Where `cliptune doctor` keeps what it proved of the devices. None: nothing is known of them."""
+    code_folders: tuple[Path, ...] = ()
+    """Folders whose Python files a model's similarity may come from."""
     log_level: str = "info"
     message_bytes: int = 256 * 1024 * 1024
     """Largest message, either way."""
@@ -123,7 +125,7 @@ class EngineProcess:
             *command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=compute_environment(os.environ),
+            env=compute_environment(os.environ, config.code_folders),
             start_new_session=True,  # Ctrl-C in a terminal is for the daemon, which stops its engine in order
         )
         try:

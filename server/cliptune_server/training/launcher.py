@@ -86,8 +86,14 @@ class Launcher(Protocol):
 class LocalLauncher:
     """Trainers as processes of this machine, each in a session of its own: they outlive the daemon."""
 
-    def __init__(self, command: tuple[str, ...] = (sys.executable, "-m", "cliptune_trainer")) -> None:
+    def __init__(
+        self,
+        command: tuple[str, ...] = (sys.executable, "-m", "cliptune_trainer"),
+        *,
+        code_folders: tuple[Path, ...] = (),
+    ) -> None:
         self._command = command
+        self._code_folders = code_folders
 
     def launch(self, order: LaunchOrder) -> LocalTrainer:
         """Starts `command prepare|run …` with the lock in its hands."""
@@ -108,7 +114,7 @@ class LocalLauncher:
                     pass_fds=(lock_fd,),
                     start_new_session=True,
                     cwd=folder.root,
-                    env=_environment(order),
+                    env=_environment(order, self._code_folders),
                 )
             note = replace(order.note, pid=process.pid)
             _write_note(lock_fd, note)
@@ -199,9 +205,9 @@ def _arguments(order: LaunchOrder, lock_fd: int) -> list[str]:
     return arguments
 
 
-def _environment(order: LaunchOrder) -> dict[str, str]:
+def _environment(order: LaunchOrder, code_folders: tuple[Path, ...]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name not in ("TRACEPARENT", "TRACESTATE")}
-    return {**compute_environment(kept), **order.trace, "CLIPTUNE_LINK_SECRET": order.secret}
+    return {**compute_environment(kept, code_folders), **order.trace, "CLIPTUNE_LINK_SECRET": order.secret}
 
 
 def _write_note(lock_fd: int, note: LaunchNote) -> None:
