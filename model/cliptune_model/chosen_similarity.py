@@ -6,14 +6,15 @@ Enters: a `ModelSource`, whose folder may hold a manifest and what a similarity 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cliptune.errors import InvalidInputError
+from cliptune.errors import CliptuneError, ConflictError, InvalidInputError
 from cliptune_model.manifest import MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
-from cliptune_model.similarity import DEFAULT, Similarity, similarity_for
+from cliptune_model.similarity import DEFAULT, SIMILARITIES, Similarity, similarity_for
 from cliptune_model.source import LOCAL_DIR, ModelSource
 
 
@@ -22,7 +23,8 @@ def build_similarity(source: ModelSource, dim: int) -> Similarity:
 
     Raises:
         SpecError, PathOutsideRootsError: as `similarity_for`.
-        InvalidInputError: the manifest or what was learned is damaged, or the user's own code has changed.
+        InvalidInputError: the manifest or what was learned is damaged.
+        ConflictError: the user's own code that the model was trained with has changed, or is not to be had.
     """
     folder = Path(source.name.removeprefix(LOCAL_DIR)).expanduser()
     manifest = None
@@ -30,11 +32,26 @@ def build_similarity(source: ModelSource, dim: int) -> Similarity:
         manifest = read_manifest(folder)
     if manifest is None:
         return similarity_for(source.similarity or DEFAULT, dim, source.similarity_parameters)
-    name = source.similarity or manifest.similarity
-    similarity = similarity_for(name, dim, source.similarity_parameters or _known(manifest, name))
+    if source.similarity:
+        given = source.similarity_parameters or _known(manifest, source.similarity)
+        similarity = similarity_for(source.similarity, dim, given)
+    else:
+        similarity = _as_trained(folder, manifest, dim, source.similarity_parameters)
     if similarity.name == manifest.similarity and not source.similarity_parameters:
         _take_over(similarity, folder, manifest)
     return similarity
+
+
+def _as_trained(folder: Path, manifest: Manifest, dim: int, parameters: Mapping[str, float]) -> Similarity:
+    try:
+        return similarity_for(manifest.similarity, dim, parameters or manifest.similarity_parameters)
+    except CliptuneError as error:
+        if manifest.similarity in SIMILARITIES:
+            raise
+        raise ConflictError(
+            f"the model in {str(folder)!r} is compared by {manifest.similarity}, which cannot be had:"
+            f" {error.message}"
+        ) from error
 
 
 def _known(manifest: Manifest, name: str) -> dict[str, float]:
@@ -44,7 +61,7 @@ def _known(manifest: Manifest, name: str) -> dict[str, float]:
 
 def _take_over(similarity: Similarity, folder: Path, manifest: Manifest) -> None:
     if similarity.sha256 != manifest.similarity_sha256:
-        raise InvalidInputError(
+        raise ConflictError(
             f"the model in {str(folder)!r} was trained with {similarity.name} as it was then (sha256"
             f" {manifest.similarity_sha256[:12]}, now {similarity.sha256[:12]}): put that file back, or train"
             " a model with the new one"

@@ -21,6 +21,8 @@ from cliptune.v1 import spec_pb2
 # Becomes part of a folder's name and of a model reference NAME:VERSION, NAME@ALIAS.
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE: Final = "a letter or digit, then at most 63 letters, digits, '-', '_' or '.'"
+# Of cliptune, of an entry point, or in a file: which there are the trainer knows.
+_OWN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}|[^\0]{1,4096}\.py:[A-Za-z_]\w{0,127}")
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -92,6 +94,7 @@ RULES: Final[dict[str, Rule]] = {
     "name": _NAMED,
     "domain": Choice(DOMAINS),
     "model.context_length": Range(1, 4096),
+    "model.similarity": Pattern(_OWN, "a name as cosine, or FILE.py:NAME"),
     "data.validation_fraction": Range(0, 0.9),
     "data.max_bad_fraction": Range(0, 1),
     "data.augmentation": Choice(("none", "flip", "crop")),

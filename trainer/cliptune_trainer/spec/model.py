@@ -19,4 +19,10 @@ def model_source(message: spec_pb2.ModelSpec) -> ModelSource:
     context_length = message.context_length if message.HasField("context_length") else None
     if context_length is not None:
         within("model.context_length", context_length, 1, MAX_CONTEXT)
-    return ModelSource(name=message.name, pretrained=message.pretrained, context_length=context_length)
+    return ModelSource(
+        name=message.name,
+        pretrained=message.pretrained,
+        context_length=context_length,
+        similarity=message.similarity,
+        similarity_parameters=dict(message.similarity_parameters),
+    )
