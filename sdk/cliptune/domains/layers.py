@@ -5,12 +5,13 @@ In: a `JobSpec`. Out: `Layered`, the spec with every field that has a value, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from google.protobuf.descriptor import FieldDescriptor
 
+from cliptune.domains.paths import WHOLE, set_paths, value_at
 from cliptune.domains.recipe import DomainRecipe, defaults, load_recipe
 from cliptune.spec import is_map, is_repeated
 from cliptune.v1 import spec_pb2
@@ -26,8 +27,6 @@ _DISPLACED: Final = (
     (("data.augmentation", "data.augment"), ("data.augmentation", "data.augment")),
     (("model.similarity",), ("model.similarity_parameters",)),
 )
-# Taken as a whole: its fields cannot say "no" one by one.
-_WHOLE: Final = frozenset({"data.augment"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +46,7 @@ class Layered:
 
     def value(self, path: str) -> Any:
         """Of a path in `origins`."""
-        node: Any = self.spec
-        for name, field in _fields(path):
-            if field is None:  # a name in a table of names and values
-                return node[name]
-            node = getattr(node, name)
-        return node
+        return value_at(self.spec, path)
 
     def from_domain(self) -> list[str]:
         """Paths that the domain set, parts that it set as a whole under one name, in the contract's order."""
@@ -66,11 +60,11 @@ def layered(spec: spec_pb2.JobSpec) -> Layered:
     domain = load_recipe(spec.domain) if spec.domain else None
     result = spec_pb2.JobSpec()
     result.CopyFrom(spec)
-    origins = dict.fromkeys(_set_paths(result, ""), YOURS)
+    origins = dict.fromkeys(set_paths(result), YOURS)
     if domain is not None:
         _lay_under(result, domain.spec, f"domain {domain.name}", origins)
     _lay_under(result, defaults(), DEFAULT, origins)
-    order = {path: place for place, path in enumerate(_set_paths(result, ""))}
+    order = {path: place for place, path in enumerate(set_paths(result))}
     return Layered(
         spec=result, origins=dict(sorted(origins.items(), key=lambda item: order[item[0]])), domain=domain
     )
@@ -84,7 +78,7 @@ def _lay_under(spec: spec_pb2.JobSpec, layer: spec_pb2.JobSpec, origin: str, ori
             closed.update(displaced)
     before = set(origins)
     _merge(spec, layer, "", closed)
-    origins.update(dict.fromkeys((path for path in _set_paths(spec, "") if path not in before), origin))
+    origins.update(dict.fromkeys((path for path in set_paths(spec) if path not in before), origin))
 
 
 def _merge(message: Any, layer: Any, prefix: str, closed: set[str]) -> None:
@@ -102,26 +96,13 @@ def _merge(message: Any, layer: Any, prefix: str, closed: set[str]) -> None:
                 getattr(message, field.name).extend(value)
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
             inner = getattr(message, field.name)
-            if path in _WHOLE:
+            if path in WHOLE:
                 if not message.HasField(field.name):
                     inner.CopyFrom(value)
             else:
                 _merge(inner, value, f"{path}.", closed)
         elif not _has(message, field):
             setattr(message, field.name, value)
-
-
-def _set_paths(message: Any, prefix: str) -> Iterator[str]:
-    for field, value in message.ListFields():
-        path = prefix + field.name
-        if is_map(field):
-            yield from (f"{path}.{key}" for key in sorted(value))
-        elif not is_repeated(field) and field.type == FieldDescriptor.TYPE_MESSAGE:
-            inner = list(_set_paths(value, f"{path}."))
-            # An empty `augment` says something too: none.
-            yield from inner or ([path] if path in _WHOLE else [])
-        else:
-            yield path
 
 
 def _is_set(spec: spec_pb2.JobSpec, path: str) -> bool:
@@ -134,19 +115,5 @@ def _has(message: Any, field: FieldDescriptor) -> bool:
     return message.HasField(field.name) if field.has_presence else bool(getattr(message, field.name))
 
 
-def _fields(path: str) -> Iterator[tuple[str, FieldDescriptor | None]]:
-    """The steps from the root to a path; a name in a table of names and values may hold dots."""
-    descriptor = spec_pb2.JobSpec.DESCRIPTOR
-    rest = path
-    while rest:
-        name, _, rest = rest.partition(".")
-        field = descriptor.fields_by_name[name]
-        yield name, field
-        if is_map(field):
-            yield rest, None
-            return
-        descriptor = field.message_type
-
-
 def _whole(path: str) -> str:
-    return next((part for part in _WHOLE if path.startswith(f"{part}.")), path)
+    return next((part for part in WHOLE if path.startswith(f"{part}.")), path)

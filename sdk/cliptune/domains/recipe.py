@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from cliptune.domains.paths import set_paths, value_at
 from cliptune.errors import SpecError
 from cliptune.spec import spec_from_part
 from cliptune.spec_shape import DOMAINS
@@ -38,11 +39,20 @@ class DomainRecipe:
     spec: spec_pb2.JobSpec
     why: Mapping[str, str]
 
+    def fields(self) -> list[tuple[str, Any]]:
+        """Path and value of each field that the recipe sets, in the contract's order."""
+        return [(path, value_at(self.spec, path)) for path in set_paths(self.spec)]
+
+    def reasoned_part(self, path: str) -> str:
+        """The path under which `why` gives the field's reason: its own, or that of a part around it."""
+        part = path
+        while part not in self.why and "." in part:
+            part = part.rpartition(".")[0]
+        return part if part in self.why else path
+
     def reason(self, path: str) -> str:
-        """Of the field, or of the nearest part around it."""
-        while path not in self.why and "." in path:
-            path = path.rpartition(".")[0]
-        return self.why.get(path, "")
+        """Of the field, or of the part around it."""
+        return self.why.get(self.reasoned_part(path), "")
 
 
 def load_recipe(name: str) -> DomainRecipe:
