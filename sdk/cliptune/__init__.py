@@ -51,12 +51,12 @@ if TYPE_CHECKING:
         UnavailableError,
         WeightsUnavailableError,
     )
+    from cliptune.evaluation import ClassResult, Evaluation, Interval
     from cliptune.job import (
         CheckpointSaved,
         CommandDone,
         CommandReceipt,
         Decision,
-        Evaluation,
         Job,
         JobEvent,
         JobPlan,
@@ -91,6 +91,7 @@ __all__ = [
     "AsyncSession",
     "CancelledError",
     "CheckpointSaved",
+    "ClassResult",
     "Classification",
     "Classifications",
     "Client",
@@ -112,6 +113,7 @@ __all__ = [
     "ImageDecodeError",
     "ImageSizeError",
     "InternalError",
+    "Interval",
     "InvalidInputError",
     "Job",
     "JobEvent",
@@ -199,12 +201,16 @@ _NAMES: Final = {
         "UnavailableError",
         "WeightsUnavailableError",
     ),
+    "evaluation": (
+        "ClassResult",
+        "Evaluation",
+        "Interval",
+    ),
     "job": (
         "CheckpointSaved",
         "CommandDone",
         "CommandReceipt",
         "Decision",
-        "Evaluation",
         "Job",
         "JobEvent",
         "JobPlan",

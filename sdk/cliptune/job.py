@@ -19,6 +19,7 @@ from typing import Any, Final
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from cliptune.errors import CliptuneError, from_detail
+from cliptune.evaluation import Evaluation, evaluation_from_message
 from cliptune.v1 import error_pb2, job_pb2, spec_pb2
 
 
@@ -118,16 +119,6 @@ class Progress:
     """What fp16 multiplies the loss by. 0: not scaled."""
     skipped_steps: int
     """So far: their gradients were not finite."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Evaluation:
-    """Metrics by name. `occasion`: "before", "during", "after" or "requested"."""
-
-    step: int
-    occasion: str
-    samples: int
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -258,7 +249,7 @@ def job_from_message(message: job_pb2.Job) -> Job:
         attempt=message.attempt,
         last_event_number=message.last_event_number,
         progress=_progress(message.progress) if message.HasField("progress") else None,
-        evaluation=_evaluation(message.evaluation) if message.HasField("evaluation") else None,
+        evaluation=evaluation_from_message(message.evaluation) if message.HasField("evaluation") else None,
         plan=_plan(message.plan) if message.HasField("plan") else None,
         model=message.model,
         queue_position=message.queue_position,
@@ -288,7 +279,7 @@ def _body(event: job_pb2.JobEvent) -> EventBody:
         case "progress":
             return _progress(event.progress)
         case "evaluation":
-            return _evaluation(event.evaluation)
+            return evaluation_from_message(event.evaluation)
         case "checkpoint":
             return CheckpointSaved(step=event.checkpoint.step, bytes=event.checkpoint.bytes)
         case "notice":
@@ -312,12 +303,6 @@ def _body(event: job_pb2.JobEvent) -> EventBody:
 
 def _progress(message: job_pb2.Progress) -> Progress:
     return Progress(**{name: getattr(message, name) for name in Progress.__slots__})
-
-
-def _evaluation(message: job_pb2.Evaluation) -> Evaluation:
-    return Evaluation(
-        step=message.step, occasion=message.occasion, samples=message.samples, metrics=dict(message.metrics)
-    )
 
 
 def _plan(message: job_pb2.JobPlan) -> JobPlan:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-
+from cliptune.evaluation import Evaluation
+from cliptune.evaluation_lines import evaluation_lines
 from cliptune.job import (
     CheckpointSaved,
     CommandDone,
-    Evaluation,
     JobEvent,
     JobPlan,
     LogLine,
@@ -37,8 +35,7 @@ def describe(event: JobEvent) -> list[str]:
                 + (f" skipped {body.skipped_steps}" if body.skipped_steps else "")
             ]
         case Evaluation():
-            metrics = "  ".join(f"{name} {value}" for name, value in metric_rows(body.metrics))
-            return [f"evaluation ({body.occasion}) at step {body.step}: {metrics}"]
+            return evaluation_lines(body)
         case CheckpointSaved():
             return [f"checkpoint at step {body.step}, {size(body.bytes)}"]
         case Notice():
@@ -70,15 +67,6 @@ def plan_lines(plan: JobPlan) -> list[str]:
         f"{plan.parameters / 1e6:.1f} M parameters, {size(plan.estimated_memory_bytes)} of memory{seconds}",
         *(f"plan: {made.subject} = {made.choice}: {made.reason}" for made in plan.decisions),
     ]
-
-
-def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Names and values as text, by name; "recall@5" before "recall@10"."""
-
-    def order(name: str) -> list[tuple[str, int]]:
-        return [(text, int(digits or 0)) for text, digits in re.findall(r"(\D+)(\d*)", name)]
-
-    return [(name, f"{metrics[name]:.4f}") for name in sorted(metrics, key=order)]
 
 
 def size(count: float) -> str:

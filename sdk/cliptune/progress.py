@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
-from cliptune.job import Evaluation, JobEvent, JobPlan, Progress, StateChange
+from cliptune.evaluation import Evaluation
+from cliptune.job import JobEvent, JobPlan, Progress, StateChange
 from cliptune.lines import describe
 
 if TYPE_CHECKING:

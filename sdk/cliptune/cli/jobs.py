@@ -17,8 +17,9 @@ from cliptune.cli.connection import (
 from cliptune.cli.follow import follow
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
+from cliptune.evaluation_lines import CLASS_HEAD, METRIC_HEAD, class_rows, interval_rows
 from cliptune.job import CommandReceipt, Job, JobState
-from cliptune.lines import metric_rows, plan_lines
+from cliptune.lines import plan_lines
 from cliptune.progress import progress_numbers
 
 
@@ -87,9 +88,15 @@ def _evaluate(client: Client, options: argparse.Namespace) -> int:
 
 
 def _print_evaluation(job: Job) -> None:
-    if job.evaluation is not None:
-        print(f"evaluation ({job.evaluation.occasion}) at step {job.evaluation.step}:")
-        print_table(("METRIC", "VALUE"), metric_rows(job.evaluation.metrics))
+    evaluation = job.evaluation
+    if evaluation is None:
+        return
+    print(f"evaluation ({evaluation.occasion}) at step {evaluation.step}, {evaluation.samples} images:")
+    print_table(METRIC_HEAD, interval_rows(evaluation))
+    if evaluation.classes:
+        print_table(CLASS_HEAD, class_rows(evaluation))
+    for path in evaluation.pictures:
+        print(f"picture /v1/jobs/{job.id}/{path}")
 
 
 def _count(text: str) -> int:

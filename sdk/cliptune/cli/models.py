@@ -16,7 +16,8 @@ from cliptune.cli.connection import (
 )
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
-from cliptune.lines import metric_rows, size
+from cliptune.evaluation_lines import metric_rows
+from cliptune.lines import size
 from cliptune.model import Model
 
 
