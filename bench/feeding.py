@@ -28,9 +28,9 @@ from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Pairs
+from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.data.shards import read_shards
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.precision import Precision
@@ -56,7 +56,7 @@ class Setting:
     def pairs(self) -> Pairs:
         """The rows of the shards."""
         config = DataConfig(train=str(self.shards))
-        return Pairs(read_shards(config.train, config, DataRoots()).pairs)
+        return Pairs(read_table(config.train, config, DataRoots()).pairs)
 
 
 def loader_rates(setting: Setting, workers: Sequence[int], images: int) -> list[Row]:

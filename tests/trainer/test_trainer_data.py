@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import torch
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.augment import NAMED
-from cliptune_trainer.data.dataset import Findings, Pairs, read_dataset
+from cliptune_trainer.data.dataset import Pairs, read_dataset
+from cliptune_trainer.data.findings import Findings
+from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group
-from cliptune_trainer.data.table import Pair, read_table
+from cliptune_trainer.data.table import Pair
 from cliptune_trainer.spec import DataConfig
 from tests.trainer.batches import same
 
@@ -153,12 +156,14 @@ def test_the_split_column_decides_where_there_is_one(folder: Path) -> None:
     assert [entry.row for entry in dataset.validation.pairs] == [3]
 
 
-def test_a_validation_file_is_used_whole_and_shared_images_are_counted(folder: Path) -> None:
+def test_a_validation_file_is_used_whole_and_what_it_shares_is_refused_or_noticed(folder: Path) -> None:
     config = table(folder, "image,caption", "0.png,a", "1.png,b", "2.png,c")
     table(folder, "image,caption", "2.png,c", "3.png,d", name="val.csv")
     config = DataConfig(train=config.train, validation=str(folder / "val.csv"))
-    dataset = read_dataset(config, ANYWHERE, seed=0)
-    assert (len(dataset.train), len(dataset.validation), dataset.shared_images) == (3, 2, 1)
+    with pytest.raises(DataError, match=r"image 2\.png \(training row 3, validation row 1\)"):
+        read_dataset(config, ANYWHERE, seed=0)
+    dataset = read_dataset(replace(config, leakage="notice"), ANYWHERE, seed=0)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.leaks)) == (3, 2, 1)
 
 
 def test_what_was_found_unreadable_is_remembered_until_the_file_changes(folder: Path) -> None:

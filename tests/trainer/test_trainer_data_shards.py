@@ -17,9 +17,9 @@ from cliptune_model.clip import Clip
 from cliptune_trainer.data import samples as samples_module
 from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Dataset, read_dataset
+from cliptune_trainer.data.file_names import find_files
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.data.shard_names import find_shards
 from cliptune_trainer.data.source import ShardMember
 from cliptune_trainer.spec import DataConfig
 from tests.trainer.conftest import MakeJob
@@ -66,9 +66,9 @@ def read(train: str | Path, **options: object) -> Dataset:
 @pytest.mark.parametrize("name", ["", "tiles-{00..02}.tar", "tiles-0{0,1,2}.tar", "*.tar", "tiles-0?.tar"])
 def test_shards_are_named_by_folder_braces_or_pattern(shards: Path, name: str) -> None:
     wanted = [shards / f"tiles-{number:02d}.tar" for number in range(3)]
-    assert find_shards(str(shards / name), ANYWHERE) == wanted
+    assert find_files(str(shards / name), ".tar", ANYWHERE) == wanted
     inside = DataRoots([shards.parent])
-    assert find_shards(f"shards/{name}", inside) == wanted
+    assert find_files(f"shards/{name}", ".tar", inside) == wanted
 
 
 def test_shards_hold_the_rows_that_a_table_of_the_same_files_holds(
@@ -199,9 +199,9 @@ def test_shards_outside_the_roots_are_refused_and_not_looked_for(shards: Path, t
     roots = DataRoots([inside])
     for name in (shards, shards / "*.tar", shards / "none-*.tar", "link.tar", "*.tar", "../shards"):
         with pytest.raises(PathOutsideRootsError):
-            find_shards(str(name), roots)
+            find_files(str(name), ".tar", roots)
     with pytest.raises(DataError, match=r"\.\."):
-        find_shards("*/../../shards/*.tar", roots)
+        find_files("*/../../shards/*.tar", ".tar", roots)
 
 
 def test_the_index_is_kept_until_a_shard_changes(shards: Path, tmp_path: Path, tiles: Path) -> None:

@@ -65,7 +65,7 @@ def rows(tiles: Path) -> Pairs:
                 image=tiles / f"{row // 2}.png",
                 reference="",
                 caption=f"a {colours[row // 2 % 3]} tile, number {row % 2}",
-                label=colours[row // 2 % 3],
+                labels=(colours[row // 2 % 3],),
             )
             for row in range(40)
         ]
@@ -91,7 +91,7 @@ def test_retrieval_counts_every_image_that_carries_the_caption(clip: Clip, tiles
 
 
 def test_an_image_that_is_gone_is_left_out_of_the_evaluation(clip: Clip, tiles: Path) -> None:
-    gone = Pair(row=99, image=tiles / "gone.png", reference="", caption="a red tile", label="red")
+    gone = Pair(row=99, image=tiles / "gone.png", reference="", caption="a red tile", labels=("red",))
     measured = evaluate(clip, Pairs([*rows(tiles).pairs, gone]), CLASSES, batch_size=16)
     assert (measured.samples, measured.unreadable) == (20, 1)
     assert all(0.0 <= value <= 1.0 for value in measured.metrics.values())

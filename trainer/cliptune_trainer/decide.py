@@ -20,6 +20,8 @@ from cliptune_model.machine.proofs import Proofs
 from cliptune_model.machine.rules import choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
+from cliptune_trainer.data.remarks import about_data
+from cliptune_trainer.remark import Remark
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
 USUAL_BATCH_SIZE: Final = 64
@@ -37,15 +39,6 @@ class Hardware:
     threads: Choice
     machine: Machine
     proofs: Proofs
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Remark:
-    """Something to tell the user once."""
-
-    code: str
-    message: str
-    warning: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +82,7 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
         SpecError: a batch of more rows than there are, or no label of the data is among the spec's classes.
         DataError: fewer than two rows to train on.
     """
-    remarks = _about_data(spec, dataset)
+    remarks = about_data(dataset, clip)
     choices = [hardware.device, hardware.threads]
 
     rows = len(dataset.train)
@@ -153,25 +146,6 @@ def _batch_size(wanted: int | None, rows: int, choices: list[Choice]) -> int:
         allowed = f"at most {rows}, the rows to train on; or leave it out, or train on more rows"
         raise wrong("train.batch_size", str(wanted), allowed)
     return wanted
-
-
-def _about_data(spec: Spec, dataset: Dataset) -> list[Remark]:
-    remarks = []
-    if dataset.bad:
-        remarks.append(Remark(code="rows-skipped", message=dataset.bad_rows_message()))
-    if dataset.shared_images:
-        remarks.append(
-            Remark(
-                code="images-in-both-splits",
-                message=f"{dataset.shared_images} images are in the training and in the validation rows:"
-                " the metrics will flatter",
-            )
-        )
-    if not len(dataset.validation):
-        remarks.append(
-            Remark(code="no-validation", message="no validation rows: nothing is evaluated", warning=False)
-        )
-    return remarks
 
 
 def _classes(

@@ -47,7 +47,13 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         hardware = decide_hardware(spec, job.home)
         torch.set_num_threads(int(hardware.threads.value))
     with tracer().start_as_current_span("prepare.data"):
-        dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, cache=job.path)
+        dataset = read_dataset(
+            spec.data,
+            DataRoots(roots),
+            seed=spec.train.seed,
+            label_names=spec.evaluation.label_names,
+            cache=job.path,
+        )
         write_atomically(job.findings, json.dumps(dataset.findings.store()).encode())
     with tracer().start_as_current_span("prepare.model"):
         clip = build(spec.model, seed=spec.train.seed)

@@ -16,7 +16,8 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
-from cliptune_trainer.data.dataset import Dataset, load_findings, read_dataset
+from cliptune_trainer.data.dataset import Dataset, read_dataset
+from cliptune_trainer.data.findings import load_findings
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.decide import Decisions, Hardware, decide, decide_hardware
 from cliptune_trainer.events import Reporter
@@ -35,7 +36,14 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     hardware = decide_hardware(spec, job.home)
     device = hardware.device.value
     known = load_findings(job.findings)
-    dataset = read_dataset(spec.data, DataRoots(roots), seed=spec.train.seed, known=known, cache=job.path)
+    dataset = read_dataset(
+        spec.data,
+        DataRoots(roots),
+        seed=spec.train.seed,
+        label_names=spec.evaluation.label_names,
+        known=known,
+        cache=job.path,
+    )
     found = _newest_checkpoint(job, device, reporter)
     clip, state = found or (build(spec.model, device=device, seed=spec.train.seed), None)
     # The order of additions depends on the number of threads: a resumed run keeps the first one's.

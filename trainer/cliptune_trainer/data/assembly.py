@@ -29,6 +29,8 @@ from cliptune_trainer.data.source import Request
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.data.transfer import Carrier, Transfer
 
+# Draws come from streams of their own; see also `augment`.
+_CAPTION_STREAM: Final = 16
 # Rows tried in place of one whose image went bad.
 _MAX_STAND_INS: Final = 20
 
@@ -85,6 +87,7 @@ class Assembly:
         self._recipe, self._carrier = recipe, carrier
         # Requests run ahead of assembly, into the next epoch: both epochs are kept.
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(recipe.seed, epoch, len(recipe.pairs)))
+        self._draws = lru_cache(maxsize=1)(lambda epoch: caption_draws(recipe.seed, epoch, len(recipe.pairs)))
         self._step = first_step
         self._requests = self._all_requests(first_step, total_steps)
         self._waiting: deque[Chunk] = deque()
@@ -101,7 +104,7 @@ class Assembly:
         pairs = recipe.pairs
         tensors = [
             pixels_BHW3,
-            recipe.tokenize([pairs.pairs[place].caption for place in places]),
+            recipe.tokenize(self._captions(epoch, places)),
             torch.from_numpy(pairs.image_ids[places]),
             torch.from_numpy(pairs.caption_ids[places]),
         ]
@@ -123,6 +126,16 @@ class Assembly:
         wait([chunk.reasons for chunk in self._waiting if not chunk.reasons.cancel()])
         while self._waiting:
             self.pool.release(self._waiting.popleft())
+
+    def _captions(self, epoch: int, places: Sequence[int]) -> list[str]:
+        """The rows' captions; of a row with several to choose from, the epoch's."""
+        pairs, captions = self._recipe.pairs.pairs, []
+        for place in places:
+            pair = pairs[place]
+            variants = pair.variants or (pair.caption,)
+            drawn = int(self._draws(epoch)[place] * len(variants)) if len(variants) > 1 else 0
+            captions.append(variants[drawn])
+        return captions
 
     def _places(self, step: int) -> tuple[int, list[int]]:
         """The epoch of a step, and the places of its rows in the split."""
@@ -213,3 +226,8 @@ class Assembly:
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """The places of an epoch's rows, shuffled."""
     return np.random.default_rng([seed, epoch, 0]).permutation(rows)
+
+
+def caption_draws(seed: int, epoch: int, rows: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """For each row of an epoch where in [0, 1) its draw of a caption falls."""
+    return np.random.default_rng([seed, epoch, _CAPTION_STREAM]).random(rows)

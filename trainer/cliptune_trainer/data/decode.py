@@ -14,16 +14,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from cliptune.errors import CliptuneError
-from cliptune_model.pixels import decode_image, decode_scaled
 from cliptune_trainer.data.augment import NONE, Augmentation, View
 from cliptune_trainer.data.geometry import Framing, Geometry
+from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.source import ImageSource, Request
 
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [H, W, 3]
@@ -45,12 +45,14 @@ class Decoder:
         exact: as open_clip's evaluation transform, to the bit. Otherwise JPEGs are decoded at a fraction of
             their size where that is enough, and every image is cropped and resized in one pass: photo-like
             images of 640 × 480, read at 224, then differ by one level of 255 on average (46 dB).
+        reading: how images that are more than 8-bit RGB become RGB.
     """
 
     geometry: Geometry
     augmentation: Augmentation = NONE
     seed: int = 0
     exact: bool = True
+    reading: Reading = field(default_factory=Reading)
 
     @classmethod
     def of(
@@ -60,9 +62,16 @@ class Decoder:
         augmentation: Augmentation = NONE,
         seed: int = 0,
         exact: bool = True,
+        reading: Reading | None = None,
     ) -> Decoder:
         """For a model's `preprocess_config`."""
-        return cls(geometry=Geometry.of(preprocess_config), augmentation=augmentation, seed=seed, exact=exact)
+        return cls(
+            geometry=Geometry.of(preprocess_config),
+            augmentation=augmentation,
+            seed=seed,
+            exact=exact,
+            reading=reading or Reading(),
+        )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -74,20 +83,20 @@ class Decoder:
         encoded = image.read_bytes()
         view = self.augmentation.view(self.seed, epoch, row)
         geometry = self.geometry.aside if view.quarters % 2 else self.geometry
-        framed = (_exactly if self.exact else _quickly)(encoded, geometry, view)
+        framed = (_exactly if self.exact else _quickly)(self.reading, encoded, geometry, view)
         pixels: Pixels = np.asarray(view.settled(framed))
         return pixels
 
 
-def _exactly(encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
-    image = decode_image(encoded)
+def _exactly(reading: Reading, encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
+    image = reading(encoded).image
     box = view.box(*image.size)
     if view.degrees:
         return geometry.turned(image, geometry.framing(*image.size, box), 1.0, view.degrees)
     return geometry(image.crop(box) if box else image)
 
 
-def _quickly(encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
+def _quickly(reading: Reading, encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
     framings: list[Framing] = []
 
     def enough(width: int, height: int) -> tuple[int, int]:
@@ -100,7 +109,7 @@ def _quickly(encoded: bytes, geometry: Geometry, view: View) -> Image.Image:
             else (enough_w, enough_h)
         )
 
-    image, scale = decode_scaled(encoded, enough)
+    image, scale = reading.scaled(encoded, enough)
     (width, height) = framings[0].source
     if image.size != (math.ceil(width / scale), math.ceil(height / scale)):
         enough(*image.size)  # the header did not tell the truth, or the format turned the image

@@ -79,7 +79,13 @@ class Loader:
     ) -> None:
         self._recipe = Recipe(
             pairs=pairs,
-            decoder=Decoder.of(clip.preprocess_config, augmentation=augmentation, seed=seed, exact=exact),
+            decoder=Decoder.of(
+                clip.preprocess_config,
+                augmentation=augmentation,
+                seed=seed,
+                exact=exact,
+                reading=pairs.reading,
+            ),
             tokenize=clip.tokenize_trimmed,
             batch_size=batch_size,
             seed=seed,

@@ -18,7 +18,10 @@ from cliptune.errors import DataError
 from cliptune_trainer.data.processes import spawned
 from cliptune_trainer.data.source import ShardMember
 
-_IMAGES: Final = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_IMAGES: Final = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"),
+    *("dcm", "dicom", "fits", "fit", "fts"),
+)
 # Captions and fields are short; a larger member is none.
 MAX_TEXT_BYTES: Final = 1 << 20
 # A shard of usual size takes about as long as a process to start.

@@ -37,7 +37,30 @@ class ShardMember:
         return content
 
 
-ImageSource: TypeAlias = Path | ShardMember
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """An image's bytes in a parquet file: `row`, from 0, of `column`."""
+
+    file: Path
+    column: str
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}/{self.row}"
+
+    @property
+    def name(self) -> str:
+        """For a person; the file's rows are counted from 1."""
+        return f"{self.file.name}, row {self.row + 1}"
+
+    def read_bytes(self) -> bytes:
+        """The image's bytes. Raises OSError, also when the cell is empty."""
+        from cliptune_trainer.data.row_groups import row_groups  # needs a package that few data sets do
+
+        return row_groups.cell(self.file, self.column, self.row)
+
+
+ImageSource: TypeAlias = Path | ShardMember | ParquetCell
 
 
 class Request(NamedTuple):

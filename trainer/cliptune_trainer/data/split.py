@@ -14,8 +14,8 @@ from cliptune.errors import DataError
 from cliptune_trainer.data.table import Pair
 
 
-def split_by_column(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
-    """Training and validation rows as the split column says. Rows of the test split are in neither."""
+def split_by_name(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Training and validation rows as the data say. Rows of the test split are in neither."""
     return [pair for pair in pairs if pair.split == "train"], [pair for pair in pairs if pair.split == "val"]
 
 
@@ -53,7 +53,7 @@ def _groups(pairs: Sequence[Pair]) -> list[str]:
             parent[node], node = root, parent[node]
         return root
 
-    nodes = [f"image:{pair.image}" for pair in pairs]
+    nodes = [f"image:{pair.identity}" for pair in pairs]
     for pair, node in zip(pairs, nodes, strict=True):
         if pair.group:
             parent[find(node)] = find(f"group:{pair.group}")

@@ -25,6 +25,7 @@ from cliptune_model.zero_shot import class_embeddings
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
 from cliptune_trainer.data.images import Normalisation
+from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.source import ImageSource
 from cliptune_trainer.metrics import (
     DECIMALS,
@@ -81,7 +82,7 @@ def evaluate(
     _, caption_rows = np.unique(pairs.caption_ids, return_index=True)
     with _evaluation_mode(clip.model):
         images_ID, readable_I = _embed_images(
-            clip, [pairs.pairs[row].image for row in image_rows], batch_size, interrupted
+            clip, [pairs.pairs[row].image for row in image_rows], pairs.reading, batch_size, interrupted
         )
         texts_TD = _embed_texts(
             clip, [pairs.pairs[row].caption for row in caption_rows], batch_size, interrupted
@@ -165,12 +166,16 @@ def _ranks(queries_D: Floats, candidates_KD: Floats, positives: dict[int, list[i
 
 @torch.no_grad()
 def _embed_images(
-    clip: Clip, images: Sequence[ImageSource], batch_size: int, interrupted: Callable[[], bool]
+    clip: Clip,
+    images: Sequence[ImageSource],
+    reading: Reading,
+    batch_size: int,
+    interrupted: Callable[[], bool],
 ) -> tuple[Floats, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
     """Unit embeddings [I, D]; NaN and not readable where the file cannot be opened any more."""
     embeddings_ID = np.full((len(images), clip.embedding_dim), np.nan)
     readable_I = np.zeros(len(images), dtype=np.bool_)
-    decoder = Decoder.of(clip.preprocess_config)
+    decoder = Decoder.of(clip.preprocess_config, reading=reading)
     normalise_pixels = Normalisation.of(clip.preprocess_config, clip.device)
     with thread_pool() as pool:
         starts = range(0, len(images), batch_size)

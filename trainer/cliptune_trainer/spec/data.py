@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+from cliptune.spec_shape import LABEL_PLACE
 from cliptune.v1 import spec_pb2
 from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
+from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.spec.check import one_of, within, wrong
 
 DECODES: Final = ("auto", "exact", "fast")
+DUPLICATES: Final = ("notice", "drop", "refuse")
+LEAKAGES: Final = ("refuse", "notice")
+FORMS: Final = "a CSV, TSV, JSON lines or parquet file, a folder of images or of parquet files, or tar shards"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +34,15 @@ class DataConfig:
     augment: Augmentation = NONE
     workers: int | None = None  # chosen by device, cores and rows
     decode: str = "auto"
+    caption_templates: tuple[str, ...] = ()
+    label_separator: str = ""  # an image has one label
+    duplicates: str = "notice"
+    leakage: str = "refuse"
+    reading: Reading = field(default_factory=Reading)
 
     def __post_init__(self) -> None:
         if not self.train:
-            raise wrong("data.train", "empty", "a CSV or TSV file with a header row, or tar shards")
+            raise wrong("data.train", "empty", FORMS)
         within("data.validation_fraction", self.validation_fraction, 0.0, 0.9)
         within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
         within("data.augment.rotate_degrees", self.augment.rotate_degrees, 0.0, 180.0)
@@ -44,6 +54,13 @@ class DataConfig:
         if self.workers is not None:
             within("data.workers", self.workers, 0, 256)
         one_of("data.decode", self.decode, DECODES)
+        for place, template in enumerate(self.caption_templates):
+            if LABEL_PLACE not in template:
+                raise wrong(
+                    f"data.caption_templates[{place}]", repr(template), f"a text with {LABEL_PLACE} in it"
+                )
+        one_of("data.duplicates", self.duplicates, DUPLICATES)
+        one_of("data.leakage", self.leakage, LEAKAGES)
 
 
 def data_config(data: spec_pb2.DataSpec) -> DataConfig:
@@ -62,6 +79,11 @@ def data_config(data: spec_pb2.DataSpec) -> DataConfig:
         augment=_augmentation(data),
         workers=data.workers if data.HasField("workers") else None,
         decode=data.decode or "auto",
+        caption_templates=tuple(data.caption_templates),
+        label_separator=data.label_separator,
+        duplicates=data.duplicates or "notice",
+        leakage=data.leakage or "refuse",
+        reading=Reading(window=data.reading.window or "file", channels=tuple(data.reading.channels)),
     )
 
 

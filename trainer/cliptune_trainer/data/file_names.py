@@ -1,7 +1,7 @@
-"""Which tar files a spec means by one name.
+"""Which shards or parquet files a spec means by one name.
 
 Enters: "a.tar", "a-{000..127}.tar", "a-*.tar" or a folder. Leaves: the files, each in a folder that may
-be read. Called by `dataset` and `shards`.
+be read. Called by `shards` and `parquet`.
 """
 
 from __future__ import annotations
@@ -17,28 +17,33 @@ from cliptune_trainer.data.roots import DataRoots
 
 _BRACES: Final = re.compile(r"\{([^{}]*)\}")
 _RANGE: Final = re.compile(r"(\d+)\.\.(\d+)")
-_MAX_SHARDS: Final = 100_000
+_MAX_FILES: Final = 100_000
 
 
-def names_shards(path: str, roots: DataRoots) -> bool:
-    """Whether `path` means tar shards rather than a table: by its name, or because it is a folder."""
-    return path.endswith((".tar", ".tar.gz", ".tgz")) or roots.table(path).is_dir()
+def find_files(path: str, suffix: str, roots: DataRoots) -> list[Path]:
+    """The files that a name, a pattern or a folder means: braces in their order, the rest sorted.
 
+    Args:
+        path: "a.tar", "a-{000..127}.tar", "a-*.tar" or a folder.
+        suffix: of the files that a folder means, such as ".tar".
+        roots: folders that may be read.
 
-def find_shards(path: str, roots: DataRoots) -> list[Path]:
-    """The files that a name, a pattern or a folder means: braces in their order, the rest sorted."""
+    Raises:
+        DataError: there are none, or too many.
+        PathOutsideRootsError: one lies outside the roots.
+    """
     found: list[Path] = []
     for name in _expanded(path):
         if glob.has_magic(name):
             found += _matching(name, roots)
         else:
             real = roots.table(name)
-            found += sorted(real.glob("*.tar")) if real.is_dir() else [real]
-        if len(found) > _MAX_SHARDS:
-            raise DataError(f"{path} means more than {_MAX_SHARDS:,} shards", file=path)
+            found += sorted(real.rglob(f"*{suffix}")) if real.is_dir() else [real]
+        if len(found) > _MAX_FILES:
+            raise DataError(f"{path} means more than {_MAX_FILES:,} files", file=path)
     if not found:
-        raise DataError(f"{path}: no .tar file is there", file=path)
-    return [roots.checked(shard) for shard in found]
+        raise DataError(f"{path}: no {suffix} file is there", file=path)
+    return [roots.checked(file) for file in found]
 
 
 def _matching(pattern: str, roots: DataRoots) -> list[Path]:
@@ -66,8 +71,8 @@ def _expanded(pattern: str) -> Iterator[str]:
     span = _RANGE.fullmatch(match[1])
     if span:
         first, last = int(span[1]), int(span[2])
-        if not first <= last < first + _MAX_SHARDS:
-            raise DataError(f"{match[0]} in {pattern} is no range of shards", file=pattern)
+        if not first <= last < first + _MAX_FILES:
+            raise DataError(f"{match[0]} in {pattern} is no range of files", file=pattern)
         options: Sequence[str] = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
     else:
         options = match[1].split(",")
