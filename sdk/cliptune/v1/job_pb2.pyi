@@ -202,6 +202,7 @@ class Job(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     QUEUE_POSITION_FIELD_NUMBER: builtins.int
     EVALUATION_FIELD_NUMBER: builtins.int
+    TRIALS_FIELD_NUMBER: builtins.int
     id: builtins.str
     state: global___JobState.ValueType
     state_reason: builtins.str
@@ -236,6 +237,10 @@ class Job(google.protobuf.message.Message):
     def evaluation(self) -> global___Evaluation:
         """The newest evaluation."""
 
+    @property
+    def trials(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TrialDone]:
+        """Of a study: the trials that have ended, in the order of their ends."""
+
     def __init__(
         self,
         *,
@@ -254,9 +259,10 @@ class Job(google.protobuf.message.Message):
         model: builtins.str = ...,
         queue_position: builtins.int = ...,
         evaluation: global___Evaluation | None = ...,
+        trials: collections.abc.Iterable[global___TrialDone] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["created", b"created", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "plan", b"plan", "progress", b"progress", "spec", b"spec", "started", b"started"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "created", b"created", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "id", b"id", "last_event_number", b"last_event_number", "model", b"model", "plan", b"plan", "progress", b"progress", "queue_position", b"queue_position", "spec", b"spec", "started", b"started", "state", b"state", "state_reason", b"state_reason"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "created", b"created", "error", b"error", "evaluation", b"evaluation", "finished", b"finished", "id", b"id", "last_event_number", b"last_event_number", "model", b"model", "plan", b"plan", "progress", b"progress", "queue_position", b"queue_position", "spec", b"spec", "started", b"started", "state", b"state", "state_reason", b"state_reason", "trials", b"trials"]) -> None: ...
 
 global___Job = Job
 
