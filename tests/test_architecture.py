@@ -36,7 +36,10 @@ PARTS = {
     "training": set(),
     "catalog": {"cliptune_server.training.publisher"},
     "inference": set(),
+    "datasets": set(),
 }
+# Processes of their own below the daemon: they may decode images and compute, and it never reaches into them.
+PROCESSES = ("engine", "sampler")
 # What the light client may import when its modules are loaded. Anything else is imported inside a function.
 CLIENT_IMPORTS = {"cliptune", "grpc", "google", "numpy", "opentelemetry"}
 
@@ -82,28 +85,29 @@ def test_a_room_imports_only_the_rooms_below_it(room: str) -> None:
 
 
 def test_the_daemon_part_of_the_server_never_imports_torch_or_the_model_room() -> None:
-    engine = FOLDERS["cliptune_server"] / "engine"
+    apart = {FOLDERS["cliptune_server"] / process for process in PROCESSES}
     for path in sources("cliptune_server"):
         names = imported(path)
-        if engine not in path.parents:
+        if not apart & set(path.parents):
             assert not roots(names) & TORCH_WORLD, (
                 f"{path.relative_to(ROOT)}: {sorted(roots(names) & TORCH_WORLD)}"
             )
             inside = {
                 name
                 for name in names
-                if name.startswith("cliptune_server.engine.") or name == "cliptune_server.engine"
+                for process in PROCESSES
+                if f"{name}.".startswith(f"cliptune_server.{process}.")
             }
-            assert not inside, f"{path.relative_to(ROOT)} reaches into the engine process: {inside}"
+            assert not inside, f"{path.relative_to(ROOT)} reaches into another process: {inside}"
 
 
-def test_the_engine_never_imports_the_daemon() -> None:
-    engine = FOLDERS["cliptune_server"] / "engine"
-    for path in sorted(engine.rglob("*.py")):
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_process_below_the_daemon_never_imports_the_daemon(process: str) -> None:
+    for path in sorted((FOLDERS["cliptune_server"] / process).rglob("*.py")):
         outside = {
             name
             for name in imported(path)
-            if name.startswith("cliptune_server") and not name.startswith("cliptune_server.engine")
+            if name.startswith("cliptune_server") and not name.startswith(f"cliptune_server.{process}")
         }
         assert not outside, f"{path.relative_to(ROOT)} imports {sorted(outside)}"
 

@@ -44,6 +44,8 @@ SAFE_METHODS: Final = (
     "ModelService/GetModel",
     "ModelService/LoadModel",
     "ModelService/SetAlias",
+    "DataService/ListDatasets",
+    "DataService/GetDataset",
     "InferenceService/EmbedImages",
     "InferenceService/EmbedTexts",
     "InferenceService/Similarity",

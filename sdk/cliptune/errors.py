@@ -12,7 +12,8 @@
     │       └── MissingColumnError                              `column`, `found`
     ├── NotFoundError                NOT_FOUND            404
     │   ├── JobNotFoundError
-    │   └── ModelNotFoundError
+    │   ├── ModelNotFoundError
+    │   └── DatasetNotFoundError
     ├── ConflictError                FAILED_PRECONDITION  409
     │   ├── JobStateError                                       the state is named: `state`
     │   ├── ModelStateError                                     loaded, not loaded, or an alias points at it
@@ -22,7 +23,7 @@
     ├── UnauthenticatedError         UNAUTHENTICATED      401
     ├── OverloadedError              RESOURCE_EXHAUSTED   429   `retry_after_s`
     │   ├── RequestTooLargeError                          413
-    │   └── DiskFullError                                 507
+    │   └── DiskFullError                                 507   or beyond a quota
     ├── UnavailableError             UNAVAILABLE          503   the daemon or its engine is away
     ├── DeadlineExceededError        DEADLINE_EXCEEDED    504
     ├── CancelledError               CANCELLED            499
@@ -104,6 +105,10 @@ class ModelNotFoundError(NotFoundError):
     """No model, version or alias has this name."""
 
 
+class DatasetNotFoundError(NotFoundError):
+    """No data set has this name."""
+
+
 class ConflictError(CliptuneError):
     """The request is right but the state of things does not allow it."""
 
@@ -141,7 +146,7 @@ class RequestTooLargeError(OverloadedError):
 
 
 class DiskFullError(OverloadedError):
-    """No space left where cliptune writes."""
+    """No space left where cliptune writes, or in its quota."""
 
 
 class UnavailableError(CliptuneError):

@@ -1,4 +1,4 @@
-"""Live progress on a terminal, with rich: a bar for bulk embedding, a panel for a job.
+"""Live progress on a terminal, with rich: a bar for bulk embedding or an upload, a panel for a job.
 
 rich is imported when something is shown, so that the client stays light. Everything goes to stderr.
 """
@@ -44,6 +44,40 @@ def bulk_bar(kind: str, items: object, *, shown: bool) -> Iterator[Callable[[], 
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(f"embedding {kind}", total=len(items) if isinstance(items, Sized) else None)
         yield lambda: bar.advance(task)
+
+
+@contextmanager
+def transfer_bar(*, shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over bytes; gives the function that takes what is done, bytes so far and bytes in all."""
+    if not shown:
+        yield _nothing_moved
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def told(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        yield told
 
 
 class JobDisplay:
@@ -112,4 +146,8 @@ def _duration(seconds: float) -> str:
 
 
 def _nothing() -> None:
+    """Nothing is shown."""
+
+
+def _nothing_moved(what: str, done: int, total: int) -> None:
     """Nothing is shown."""

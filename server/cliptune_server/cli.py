@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -61,6 +62,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder that jobs may read data from; repeat for several (default: the working directory)",
     )
     parser.add_argument(
+        "--data-quota",
+        dest="data_quota_bytes",
+        type=_size,
+        default=0,
+        metavar="SIZE",
+        help="what uploaded data sets may take, such as 200GiB (default: no limit but the disk)",
+    )
+    parser.add_argument(
         "--allow-code",
         dest="code_folders",
         type=Path,
@@ -89,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # A collection while importing finds nothing and costs a fifth of the start.
     gc.disable()
     from cliptune.telemetry import configure_logging, configure_tracing
-    from cliptune_server.config import ServerConfig
+    from cliptune_server.config import DatasetsConfig, ServerConfig
     from cliptune_server.daemon import Daemon
 
     gc.freeze()
@@ -105,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
         yield_to_inference=arguments.yield_to_inference,
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         code_folders=tuple(arguments.code_folders or ()),
+        datasets=DatasetsConfig(quota_bytes=arguments.data_quota_bytes),
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,
     )
@@ -119,6 +129,16 @@ def _run(arguments: argparse.Namespace) -> int:
     finally:
         flush_traces()
     return 0
+
+
+def _size(text: str) -> int:
+    """ "200GiB", "1.5 TB" or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, such as 200GiB, 500MB or a number of bytes")
+    power = " KMGT".index(match[2].upper() or " ")
+    unit = 1024 if match[3] else 1000
+    return int(float(match[1]) * unit**power)
 
 
 def _announce(serving: Serving) -> None:

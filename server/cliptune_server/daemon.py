@@ -2,7 +2,8 @@
 
 Enters: a `ServerConfig`. Leaves: a serving process until SIGTERM or SIGINT. Called by `cli.py`.
 
-Start: home (lock) → index → ports → models, engine (in the background) → jobs → gRPC and HTTP → announced.
+Start: home (lock) → index → ports → models, engine (in the background) → jobs, data sets → gRPC and HTTP →
+announced.
 Stop: unready → no new calls → trainers checkpoint and watches end, while calls in flight are answered →
 engine → index → home. A second signal ends the process at once; trainers then go on alone, and the engine
 ends with us.
@@ -26,6 +27,8 @@ from cliptune_server.catalog.models import Models
 from cliptune_server.catalog.registry import Registry
 from cliptune_server.config import JobsConfig, ServerConfig
 from cliptune_server.database import Database
+from cliptune_server.datasets.datasets import Datasets
+from cliptune_server.datasets.stored import StoredDatasets
 from cliptune_server.gateway.app import build_app
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.home import Home
@@ -36,6 +39,7 @@ from cliptune_server.inference.router import Router
 from cliptune_server.inference.yielding import Yielding
 from cliptune_server.metrics import Metrics
 from cliptune_server.readiness import Part, Readiness
+from cliptune_server.rpc.data import DataServicer
 from cliptune_server.rpc.inference import InferenceServicer
 from cliptune_server.rpc.models import ModelServicer
 from cliptune_server.rpc.server import RpcServer
@@ -100,14 +104,17 @@ class Daemon:
             registry = Registry(ModelFiles(home.models_dir), database)
             models = Models(registry=registry, engines=engines, serving_path=home.serving_path)
             router = Router(engines, models.catalog, message_bytes=config.limits.message_bytes)
+            stored_datasets = StoredDatasets(home.data_dir)
             jobs = Jobs(
                 home=home,
                 database=database,
                 launcher=LocalLauncher(code_folders=config.code_folders),
                 link=LinkService(home.link_path()),
                 publisher=models,
+                data_names=stored_datasets,
                 config=JobsConfig(data_roots=config.data_roots),
             )
+            datasets = Datasets(stored_datasets, config=config.datasets, users=jobs.users_of)
             await engines.start()
             stack.push_async_callback(engines.stop, _ENGINE_GRACE_S)
             await models.start()
@@ -115,6 +122,8 @@ class Daemon:
             await stack.enter_async_context(self._restored(models))
             await jobs.start()
             readiness.set(Part.JOBS, ready=True)
+            await datasets.start()
+            stack.callback(datasets.stop)
             if config.yield_to_inference:
                 yielding = Yielding(
                     router.traffic, device=lambda: engines.device, tell=jobs.yield_to_inference
@@ -125,12 +134,14 @@ class Daemon:
                 training=TrainingServicer(jobs),
                 inference=InferenceServicer(router),
                 models=ModelServicer(models),
+                data=DataServicer(datasets),
             )
             app = build_app(
                 GatewayContext(
                     jobs=jobs,
                     router=router,
                     models=models,
+                    datasets=datasets,
                     engines=engines,
                     readiness=readiness,
                     metrics=self._metrics,

@@ -10,7 +10,7 @@ from typing import Any
 
 import grpc
 
-from cliptune.v1 import inference_pb2_grpc, model_pb2_grpc, training_pb2, training_pb2_grpc
+from cliptune.v1 import data_pb2_grpc, inference_pb2_grpc, model_pb2_grpc, training_pb2, training_pb2_grpc
 
 Handler = Callable[[Any, grpc.ServicerContext, int], Any]
 LIMIT_BYTES = 10_000_000
@@ -65,6 +65,7 @@ def running_peer() -> Iterator[Peer]:
         (training_pb2_grpc, "TrainingService"),
         (model_pb2_grpc, "ModelService"),
         (inference_pb2_grpc, "InferenceService"),
+        (data_pb2_grpc, "DataService"),
     ):
         servicer = getattr(module, f"{service}Servicer")()
         for method in [name for name in dir(servicer) if name[0].isupper()]:

@@ -11,10 +11,11 @@ loop never waits for a disk.
 
 from __future__ import annotations
 
+from cliptune.aio.datasets import AsyncDatasetCalls
 from cliptune.aio.inference import AsyncInferenceCalls
 from cliptune.aio.jobs import AsyncJobCalls
 from cliptune.aio.models import AsyncModelCalls
 
 
-class AsyncClient(AsyncJobCalls, AsyncModelCalls, AsyncInferenceCalls):
+class AsyncClient(AsyncJobCalls, AsyncModelCalls, AsyncInferenceCalls, AsyncDatasetCalls):
     """A connection to one daemon, for one event loop. Arguments and methods are `Client`'s."""

@@ -1,7 +1,6 @@
 """One `grpc.aio` channel to a daemon, and how a call is carried out over it.
 
-The services' calls (`jobs.py`, `models.py`, `inference.py`) are classes over `AsyncConnection`;
-`AsyncClient` is all of them.
+The calls of the services (`jobs.py`, `models.py`, ...) are classes over it; `AsyncClient` is all of them.
 """
 
 from __future__ import annotations

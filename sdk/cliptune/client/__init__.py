@@ -10,12 +10,13 @@
 
 from __future__ import annotations
 
+from cliptune.client.datasets import DatasetCalls
 from cliptune.client.inference import InferenceCalls
 from cliptune.client.jobs import JobCalls
 from cliptune.client.models import ModelCalls
 
 
-class Client(JobCalls, ModelCalls, InferenceCalls):
+class Client(JobCalls, ModelCalls, InferenceCalls, DatasetCalls):
     """A connection to one daemon.
 
     `address`: "HOST:PORT"; None: CLIPTUNE_ADDRESS, else the daemon of CLIPTUNE_HOME, else 127.0.0.1:50051.

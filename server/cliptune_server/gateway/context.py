@@ -15,6 +15,7 @@ from cliptune_server.metrics import Metrics
 
 if TYPE_CHECKING:
     from cliptune_server.catalog.models import Models
+    from cliptune_server.datasets.datasets import Datasets
     from cliptune_server.inference.engines import EngineSupervisor
     from cliptune_server.inference.router import Router
     from cliptune_server.readiness import Readiness
@@ -28,6 +29,7 @@ class GatewayContext:
     jobs: Jobs
     router: Router
     models: Models
+    datasets: Datasets
     engines: EngineSupervisor
     """Read at each scrape of `/metrics`."""
     readiness: Readiness

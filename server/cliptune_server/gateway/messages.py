@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from pydantic import WithJsonSchema
 
-from cliptune.v1 import error_pb2, job_pb2, model_pb2, spec_pb2, training_pb2
+from cliptune.v1 import data_pb2, error_pb2, job_pb2, model_pb2, spec_pb2, training_pb2
 
 # Marks a place in a schema where the schema of a message belongs; `openapi.py` puts it there.
 MESSAGE_KEY: Final = "x-message"
@@ -31,6 +31,10 @@ JobListJson = Annotated[
 ControlJson = Annotated[
     _Json, WithJsonSchema({MESSAGE_KEY: training_pb2.ControlJobResponse.DESCRIPTOR.full_name})
 ]
+DatasetJson = Annotated[_Json, WithJsonSchema({MESSAGE_KEY: data_pb2.Dataset.DESCRIPTOR.full_name})]
+DatasetListJson = Annotated[
+    _Json, WithJsonSchema({MESSAGE_KEY: data_pb2.ListDatasetsResponse.DESCRIPTOR.full_name})
+]
 ItemErrorJson = Annotated[_Json, WithJsonSchema({MESSAGE_KEY: error_pb2.ItemError.DESCRIPTOR.full_name})]
 MESSAGES: Final[tuple[Descriptor, ...]] = (
     job_pb2.Job.DESCRIPTOR,
@@ -40,6 +44,8 @@ MESSAGES: Final[tuple[Descriptor, ...]] = (
     training_pb2.ControlJobResponse.DESCRIPTOR,
     error_pb2.ItemError.DESCRIPTOR,
     model_pb2.Model.DESCRIPTOR,
+    data_pb2.Dataset.DESCRIPTOR,
+    data_pb2.ListDatasetsResponse.DESCRIPTOR,
 )
 
 _INTEGERS: Final = {
@@ -82,8 +88,11 @@ def schemas(messages: Iterable[Descriptor] = MESSAGES) -> dict[str, Any]:
         if required and descriptor.name not in _REQUEST_ONLY:
             found[descriptor.name]["required"] = required
         for field in descriptor.fields:
-            if field.message_type is not None and not _is_map(field):
-                pending.append(field.message_type)
+            held = field.message_type
+            if held is not None and _is_map(field):
+                held = held.fields_by_name["value"].message_type
+            if held is not None:
+                pending.append(held)
     return found
 
 

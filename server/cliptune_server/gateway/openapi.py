@@ -22,6 +22,7 @@ TAGS: Final = [
     {"name": "inference", "description": "Embeddings and what follows from them, batched across callers."},
     {"name": "jobs", "description": "Fine-tuning jobs: create, watch, control."},
     {"name": "models", "description": "Published models: immutable versions under a name, movable aliases."},
+    {"name": "data", "description": "Data sets that lie with the daemon, and uploads of them."},
     {"name": "health", "description": "For machines."},
 ]
 _METHODS: Final = ("get", "put", "post", "delete")

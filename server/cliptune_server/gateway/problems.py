@@ -60,6 +60,7 @@ _TITLES: Final[Mapping[int, str]] = {
     413: "More items or bytes than one request may hold.",
     422: "A field of the spec is unknown or out of range: `metadata.path`, `metadata.allowed`.",
     429: "No room now.",
+    507: "It does not fit on the disk or into the quota.",
     503: "The daemon or its engine is away; safe requests may be sent again.",
     504: "Not done in the time of `X-Request-Timeout-S`.",
 }

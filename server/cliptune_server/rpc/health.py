@@ -23,6 +23,7 @@ NEEDS: Final[Mapping[str, tuple[Part, ...]]] = {
     "cliptune.v1.InferenceService": (Part.ENGINE, Part.MODELS),
     "cliptune.v1.ModelService": (Part.ENGINE,),
     "cliptune.v1.TrainingService": (Part.JOBS,),
+    "cliptune.v1.DataService": (),
 }
 
 

@@ -1,7 +1,8 @@
 """What a new job may ask for: the shape of its spec, and the paths that it may read.
 
-Enters: a `JobSpec` as a client sent it. Leaves: the spec as accepted, with absolute paths and the published
-model it starts from resolved to one version. Called by `jobs.py` before anything is written.
+Enters: a `JobSpec` as a client sent it. Leaves: the spec as accepted, with absolute paths, uploaded data sets
+among them, and the published model it starts from resolved to one version. Called by `jobs.py` before
+anything is written.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import os
 from pathlib import Path
 from typing import Final
 
+from cliptune.dataset_layout import SCHEME, is_pattern
 from cliptune.errors import DataError, PathOutsideRootsError, SpecError
 from cliptune.spec import validate_shape
 from cliptune.v1 import spec_pb2
+from cliptune_server.training.data_names import DataNames
 from cliptune_server.training.publisher import Publisher
 
 _LOCAL_MODEL: Final = "local-dir:"
@@ -23,15 +26,21 @@ _REGISTRY: Final = "registry:"
 class Admission:
     """Checks specs against the folders that this daemon may read."""
 
-    def __init__(self, *, data_dir: Path, models_dir: Path, data_roots: tuple[Path, ...]) -> None:
+    def __init__(
+        self, *, data_dir: Path, models_dir: Path, data_roots: tuple[Path, ...], data_names: DataNames
+    ) -> None:
         self._data_dir = data_dir
+        self._data_names = data_names
         self.roots: Final = tuple(
             Path(os.path.realpath(root)) for root in (*data_roots, data_dir, models_dir)
         )
         """Real paths: a trainer is told the same."""
 
     async def admit(self, spec: spec_pb2.JobSpec, publisher: Publisher) -> spec_pb2.JobSpec:
-        """The spec as accepted. `SpecError`, `PathOutsideRootsError`, `DataError`, `ModelNotFoundError`."""
+        """The spec as accepted.
+
+        `SpecError`, `PathOutsideRootsError`, `DataError`, `DatasetNotFoundError`, `ModelNotFoundError`.
+        """
         validate_shape(spec)
         admitted = spec_pb2.JobSpec()
         admitted.CopyFrom(spec)
@@ -43,11 +52,11 @@ class Admission:
 
     def _check_paths(self, spec: spec_pb2.JobSpec) -> None:
         data = spec.data
-        data.train = self._file("data.train", data.train)
+        data.train = self._source("data.train", data.train)
         if data.validation:
-            data.validation = self._file("data.validation", data.validation)
+            data.validation = self._source("data.validation", data.validation)
         if data.image_root:
-            data.image_root = str(self._inside("data.image_root", data.image_root))
+            data.image_root = str(self._inside("data.image_root", self._located(data.image_root)))
             if not Path(data.image_root).is_dir():
                 raise DataError(f"data.image_root: {data.image_root} is not a folder", path="data.image_root")
         if spec.model.name.startswith(_LOCAL_MODEL):
@@ -68,11 +77,19 @@ class Admission:
                 )
             spec.model.pretrained = str(weights)
 
-    def _file(self, field: str, value: str) -> str:
-        path = self._inside(field, value)
-        if not path.is_file():
-            raise DataError(f"{field}: there is no file {value}", path=field, file=value)
-        return str(path)
+    def _source(self, field: str, value: str) -> str:
+        """A table, a folder or a pattern of shards: what is in it is for the trainer to say."""
+        located = self._located(value)
+        path = self._inside(field, located)
+        if path.is_file() or path.is_dir():
+            return str(path)
+        fixed, pattern = _parted(located)
+        if pattern and ".." not in pattern.split("/") and self._inside(field, fixed).is_dir():
+            return str(self._inside(field, fixed) / pattern)
+        raise DataError(f"{field}: there is no file or folder {value}", path=field, file=value)
+
+    def _located(self, value: str) -> str:
+        return self._data_names.locate(value) if value.startswith(SCHEME) else value
 
     def _inside(self, field: str, value: str) -> Path:
         """The real path, links followed. A relative one starts from the home's uploads."""
@@ -93,6 +110,13 @@ class Admission:
         except OSError as error:  # too long, or in a folder that may not be searched
             raise _unusable(field, value, error) from None
         return real
+
+
+def _parted(value: str) -> tuple[str, str]:
+    """ "shards/a-*.tar" → "shards", "a-*.tar": the folder, and what of it is a pattern."""
+    parts = value.split("/")
+    fixed = next((place for place, part in enumerate(parts) if is_pattern(part)), len(parts))
+    return "/".join(parts[:fixed]) or ("/" if value.startswith("/") else "."), "/".join(parts[fixed:])
 
 
 def _unusable(field: str, value: str, error: Exception) -> DataError:

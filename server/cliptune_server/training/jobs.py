@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from cliptune.durable import is_disk_full
@@ -39,6 +40,7 @@ from cliptune_server.database import Database
 from cliptune_server.home import Home
 from cliptune_server.training.admission import Admission
 from cliptune_server.training.control import Control
+from cliptune_server.training.data_names import DataNames, reads_data_set
 from cliptune_server.training.dispatcher import STOPPING, Dispatcher
 from cliptune_server.training.event_log import CorruptLogError, replay
 from cliptune_server.training.job import FINAL_STATES, Entry, check_command, command_name, state_name
@@ -79,6 +81,7 @@ class Jobs:
         launcher: Launcher,
         link: LinkService,
         publisher: Publisher,
+        data_names: DataNames,
         config: JobsConfig,
     ) -> None:
         self._home = home
@@ -86,7 +89,10 @@ class Jobs:
         self._link = link
         self._publisher = publisher
         self._admission = Admission(
-            data_dir=home.data_dir, models_dir=home.models_dir, data_roots=config.data_roots
+            data_dir=home.data_dir,
+            models_dir=home.models_dir,
+            data_roots=config.data_roots,
+            data_names=data_names,
         )
         self._threads = ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="jobs")
         self._live: dict[str, LiveJob] = {}
@@ -102,6 +108,8 @@ class Jobs:
         )
         self._control = Control(self._dispatcher, settle_s=config.settle_s)
         self._creating = asyncio.Lock()
+        self._arriving: list[spec_pb2.JobSpec] = []
+        """Of jobs that are being admitted: what they name is in use already."""
         self._ended: Counter[str] = Counter()
         self._events = 0
         self._watchers = 0
@@ -143,7 +151,8 @@ class Jobs:
         self._refuse_when_stopping()
         with tracer().start_as_current_span("job.create"):
             if request.validate_only:
-                return await self._validate(request)
+                with self._arrival(request.spec):
+                    return await self._validate(request)
             # To its end even if the caller leaves: a job is there or it is not.
             return await asyncio.shield(self._dispatcher.spawn(self._create(request)))
 
@@ -187,6 +196,15 @@ class Jobs:
         answer = await self._control.carry_out(job, command)
         answer.job.CopyFrom(await self.get(job_id))
         return answer
+
+    def users_of(self, name: str, files: Path) -> Sequence[str]:
+        """The jobs that have not ended and read the data set `name`, whose files lie in `files`: their ids.
+
+        A job that is being created has no id yet, and is told by its name.
+        """
+        live = (job for job in self._live.values() if not job.record.ended)
+        users = [job.id for job in live if reads_data_set(job.record.message.spec, name, files)]
+        return users + [f"{spec.name} (new)" for spec in self._arriving if reads_data_set(spec, name, files)]
 
     def yield_to_inference(self, device: str, seconds: float) -> None:
         """Asks the trainers on a device ("mps", "cuda:0") to leave it to inference; 0: to go on. No event."""
@@ -238,14 +256,15 @@ class Jobs:
         # Before anything is checked: a repeated request is answered even if its data has gone meanwhile.
         if key and (known := await self._id_of_key(key)) is not None:
             return await self.get(known)
-        spec = await self._admission.admit(request.spec, self._publisher)
-        async with self._creating:
-            if key and (known := await self._id_of_key(key)) is not None:
-                return await self.get(known)
-            header = new_header(
-                spec.name, idempotency_key=key, validate_only=False, trace=inject_environment()
-            )
-            job = await self._make(header, spec)
+        with self._arrival(request.spec):
+            spec = await self._admission.admit(request.spec, self._publisher)
+            async with self._creating:
+                if key and (known := await self._id_of_key(key)) is not None:
+                    return await self.get(known)
+                header = new_header(
+                    spec.name, idempotency_key=key, validate_only=False, trace=inject_environment()
+                )
+                job = await self._make(header, spec)
         self._dispatcher.prepare(job)
         return self._message(job)
 
@@ -285,6 +304,15 @@ class Jobs:
         self._live[job.id] = job
         await job.enter(JOB_STATE_PREPARING)
         return job
+
+    @contextmanager
+    def _arrival(self, spec: spec_pb2.JobSpec) -> Iterator[None]:
+        """From before its data is looked at until the job is there."""
+        self._arriving.append(spec)
+        try:
+            yield
+        finally:
+            self._arriving = [other for other in self._arriving if other is not spec]
 
     async def _id_of_key(self, key: str) -> str | None:
         live = (job.id for job in self._live.values() if job.header.idempotency_key == key)

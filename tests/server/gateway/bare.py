@@ -18,12 +18,13 @@ MAX_BODY_BYTES = 10_000
 
 
 def bare_context(**changed: Any) -> GatewayContext:
-    """A context whose jobs, router, models and engines are absent: touching one is a bug, and a 500."""
+    """A context whose application objects are absent: touching one is a bug, and a 500."""
     absent = cast("Any", None)
     parts = {
         "jobs": absent,
         "router": absent,
         "models": absent,
+        "datasets": absent,
         "engines": absent,
         "readiness": Readiness(),
         "metrics": Metrics(),

@@ -15,6 +15,7 @@ from pathlib import Path
 from cliptune.v1 import job_pb2, spec_pb2, training_pb2
 from cliptune_server.config import JobsConfig
 from cliptune_server.database import Database
+from cliptune_server.datasets.stored import StoredDatasets
 from cliptune_server.home import Home
 from cliptune_server.training.jobs import Jobs
 from cliptune_server.training.launcher import LocalLauncher
@@ -65,6 +66,7 @@ async def open_jobs(
             launcher=LocalLauncher(command),
             link=LinkService(home.link_path()),
             publisher=publisher or FolderPublisher(),
+            data_names=StoredDatasets(home.data_dir),
             config=JobsConfig(data_roots=(root,), cancel_grace_s=cancel_grace_s, settle_s=settle_s),
         )
         try:
