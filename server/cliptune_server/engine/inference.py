@@ -216,7 +216,11 @@ class Inference:
             await self._embed_texts(model, prompts[start : start + _PROMPTS_AT_A_TIME], caller)
             for start in range(0, len(prompts), _PROMPTS_AT_A_TIME)
         ]
-        vectors_PD = np.concatenate([part.vectors for part in parts]) if parts else np.zeros((0, model.dim))
+        vectors_PD = (
+            np.concatenate([part.vectors for part in parts])
+            if parts
+            else np.zeros((0, model.dim), np.float32)
+        )
         errors = {
             number * _PROMPTS_AT_A_TIME + place: error
             for number, part in enumerate(parts)
