@@ -66,6 +66,11 @@ class JobFolder:
         return self.path / "export"
 
     @property
+    def pictures(self) -> Path:
+        """Folder of what evaluations drew."""
+        return self.path / "pictures"
+
+    @property
     def learning_rates(self) -> Path:
         """Changes of the peak learning rate by command."""
         return self.path / "learning-rates.json"

@@ -1,5 +1,13 @@
 """What the model can do on held-out rows. `evaluate` measures; the loop calls it."""
 
-from cliptune_trainer.evaluation.split import EvaluationInterrupted, Measurement, evaluate
+from __future__ import annotations
 
-__all__ = ["EvaluationInterrupted", "Measurement", "evaluate"]
+from cliptune_trainer.evaluation.measure import evaluate
+from cliptune_trainer.evaluation.measurement import (
+    ClassScore,
+    EvaluationInterrupted,
+    Interval,
+    Measurement,
+)
+
+__all__ = ["ClassScore", "EvaluationInterrupted", "Interval", "Measurement", "evaluate"]
