@@ -21,6 +21,7 @@ from cliptune_model.machine.rules import choose_precision
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.remarks import about_data
+from cliptune_trainer.evaluation.classes import decide_judging
 from cliptune_trainer.remark import Remark
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
@@ -51,6 +52,7 @@ class Decisions:
     total_steps: int
     learning_rate: float
     classes: tuple[ClassConfig, ...]
+    main_metric: str
     workers: int
     exact_decode: bool
     choices: tuple[Choice, ...]
@@ -119,14 +121,17 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
                 warning=False,
             )
         )
-    classes = _classes(spec, dataset, choices, remarks)
+    judging = decide_judging(spec.evaluation, dataset, several_labels=bool(spec.data.label_separator))
+    choices += judging.choices
+    remarks += judging.remarks
     return Decisions(
         hardware=hardware,
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         learning_rate=learning_rate,
-        classes=classes,
+        classes=judging.classes,
+        main_metric=judging.main_metric,
         workers=int(workers.value),
         exact_decode=decode.value == "exact",
         choices=tuple(choices),
@@ -146,31 +151,3 @@ def _batch_size(wanted: int | None, rows: int, choices: list[Choice]) -> int:
         allowed = f"at most {rows}, the rows to train on; or leave it out, or train on more rows"
         raise wrong("train.batch_size", str(wanted), allowed)
     return wanted
-
-
-def _classes(
-    spec: Spec, dataset: Dataset, choices: list[Choice], remarks: list[Remark]
-) -> tuple[ClassConfig, ...]:
-    """The classes of the spec, or one for each label of the data; none if that makes fewer than two."""
-    labels = dataset.labels
-    if spec.evaluation.classes:
-        known = {entry.label for entry in spec.evaluation.classes}
-        if labels and known.isdisjoint(labels):
-            raise wrong(
-                "evaluation.classes", f"labelled {sorted(known)}", f"labels of the data: {labels[:20]}"
-            )
-        if unknown := sorted(set(labels) - known):
-            remarks.append(
-                Remark(
-                    code="labels-without-class",
-                    message=f"images labelled {unknown[:10]} are left out of the zero-shot metrics:"
-                    " evaluation.classes has no such labels",
-                )
-            )
-        return spec.evaluation.classes
-    if len(labels) < 2:
-        return ()
-    shown = " and ".join(repr(template) for template in spec.evaluation.prompt_templates[:3])
-    reason = f"the labels found in the data, each as {shown}"
-    choices.append(Choice(subject="classes", value=", ".join(labels[:20]), reason=reason))
-    return tuple(ClassConfig(label=label, prompts=spec.evaluation.prompts_of(label)) for label in labels)

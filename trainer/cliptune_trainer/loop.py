@@ -29,7 +29,7 @@ from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.decide import Decisions
-from cliptune_trainer.evaluation import EvaluationInterrupted, evaluate
+from cliptune_trainer.evaluation.examiner import Examiner
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.execution import Execution
 from cliptune_trainer.export import export
@@ -131,6 +131,15 @@ class Training:
             every_steps=spec.train.progress_every_steps,
             counters=counters,
         )
+        self._examine = Examiner(
+            job=job,
+            spec=spec,
+            dataset=dataset,
+            clip=clip,
+            decisions=decisions,
+            reporter=reporter,
+            interrupted=lambda: inbox.end_wanted,
+        )
         self._epoch_span = ExitStack()
         torch.manual_seed(spec.train.seed)
         if state:
@@ -217,26 +226,11 @@ class Training:
 
     def _evaluate(self, occasion: str) -> bool:
         """Measures and tells; False when it gave way to an instruction that ends the attempt."""
-        with tracer().start_as_current_span(
-            "evaluate", attributes={"occasion": occasion, "step": self._step}
-        ):
-            try:
-                measured = evaluate(
-                    self._clip,
-                    self._dataset.validation,
-                    self._decisions.classes,
-                    batch_size=self._spec.evaluation.batch_size,
-                    interrupted=lambda: self._inbox.end_wanted,
-                )
-            except EvaluationInterrupted:
-                return False
-        if measured.unreadable:
-            self._reporter.notice(
-                "images-unreadable", f"{measured.unreadable} validation images cannot be read any more"
-            )
-        self._reporter.evaluation(self._step, occasion, measured.metrics, measured.samples)
+        metrics = self._examine(self._step, occasion)
+        if metrics is None:
+            return False
         if occasion != "requested":
-            self._evaluated_step, self._metrics = self._step, measured.metrics
+            self._evaluated_step, self._metrics = self._step, metrics
         return True
 
     # -- checkpoints and export
