@@ -28,13 +28,15 @@ from cliptune_model.compiled import compile_towers
 from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.accumulation import accumulate, parts_of
+from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.data.transfer import Carrier
-from cliptune_trainer.losses import choose_tiling, loss_for
+from cliptune_trainer.losses import choose_tiling
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.optim import build_optimizer
+from cliptune_trainer.parts import parts_of
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.step import Step, StepOutOfMemoryError
 
@@ -165,9 +167,9 @@ class Bench:
             "infonce", "auto", case.batch, self.clip.embedding_dim, device, budget_bytes=LOSS_BYTES
         )
         tiled = tiling.value.isdigit()
-        self.loss = loss_for("infonce", tiled=tiled, block=int(tiling.value) if tiled else None)
+        self.objective = Objective(block=int(tiling.value) if tiled else None)
         self.optimizer = build_optimizer(self.clip.model, learning_rate=LEARNING_RATE, weight_decay=0.1)
-        self.step = Step(self.clip, self.loss, self.optimizer, self.precision, clip_norm=CLIP_NORM)
+        self.step = Step(self.clip, self.objective, self.optimizer, self.precision, clip_norm=CLIP_NORM)
         self._open_clip = OpenClip(self.clip, self.precision, self.batch)
 
     def ours(self, micro_batch: int) -> None:
@@ -191,7 +193,7 @@ class Bench:
 
     def _gradient(self, micro_batch: int, *, ours: bool) -> Tensor:
         if ours:
-            accumulate(self.clip, self.loss, self.precision, self.batch, micro_batch)
+            accumulate(self.clip, self.objective, self.precision, self.batch, micro_batch)
         else:
             self._open_clip(micro_batch)
         gradients = [

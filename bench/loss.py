@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
 from cliptune_model.machine.synchronize import synchronize
-from cliptune_trainer.losses import Identities, choose_tiling, loss_for
+from cliptune_trainer.losses import Contrast, Identities, choose_tiling, loss_for
 from cliptune_trainer.memory.count import LiveBytes
 
 DIM = 512
@@ -57,7 +57,14 @@ class Case:
     def ours(self) -> None:
         """In tiles."""
         image_ND, text_ND, scale, bias = self.leaves
-        self._finish(self._ours(image_ND, text_ND, scale, bias, self._identities))
+        contrast = Contrast(
+            image_NP=image_ND,
+            text_NP=text_ND,
+            logit_scale=scale,
+            logit_bias=bias,
+            identities=self._identities,
+        )
+        self._finish(self._ours(contrast))
 
     def dense(self) -> None:
         """open_clip's, the whole table at once."""

@@ -29,14 +29,13 @@ from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpo
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.decide import Hardware, decide_hardware
 from cliptune_trainer.execution import Execution
-from cliptune_trainer.losses import Loss
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.planning import Planner
 from cliptune_trainer.precision import Precision
-from cliptune_trainer.spec import DataConfig, ResourceConfig, Spec, TrainConfig
+from cliptune_trainer.spec import DataConfig, LossConfig, ResourceConfig, Spec, TrainConfig
 from cliptune_trainer.step import Step, StepOutOfMemoryError, release_memory
 
 # Of 24 tokens with the two around it.
@@ -129,11 +128,11 @@ class Bench:
         install(clip.model, setting.attention)
         if setting.checkpointing:
             enable_checkpointing(clip)
-        loss: Loss = execution.loss("infonce")
+        objective = execution.objective(LossConfig(), clip.similarity)
         optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=0.1)
         step = Step(
             clip,
-            loss,
+            objective,
             optimizer,
             Precision(execution.precision, device),
             clip_norm=1.0,

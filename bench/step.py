@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import os
 import re
 import time
@@ -39,8 +40,8 @@ from cliptune_model.lean import PARTS, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import LOSSES
-from cliptune_trainer.optim import BETAS, EPS, MAX_LOG_SCALE, build_optimizer, takes_decay
+from cliptune_trainer.losses.objective import Objective
+from cliptune_trainer.optim import BETAS, EPS, build_optimizer, takes_decay
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.step import Step, StepInFlight
 
@@ -144,7 +145,7 @@ class Ours:
                 raise SystemExit(f"{workload.name}: {self.compilation.choice.reason}")
         self.compile_s = time.perf_counter() - began if form.compiled else 0.0
         optimizer = build_optimizer(clip.model, learning_rate=LEARNING_RATE, weight_decay=DECAY)
-        self._step = Step(clip, LOSSES["infonce"], optimizer, precision, clip_norm=0.0)
+        self._step = Step(clip, Objective(), optimizer, precision, clip_norm=0.0)
         self._taken = 0
         self._flight: StepInFlight | None = None
 
@@ -223,7 +224,7 @@ class OpenClip:
         loss.backward()
         self._optimizer.step()
         with torch.no_grad():
-            scale.clamp_(0, MAX_LOG_SCALE)
+            scale.clamp_(0, math.log(100.0))
         return cast(Tensor, loss.detach())
 
     def losses(self, steps: int) -> list[float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from cliptune_trainer.losses import Identities, choose_tiling, loss_for
+from cliptune_trainer.losses import Contrast, Identities, choose_tiling, loss_for
 from tests.support.fake_mps.watch import Watch
 
 MANY = 33_000
@@ -83,7 +83,9 @@ def _loss_of_many_pairs(*, tiled: bool) -> None:
     tiling = choose_tiling("infonce", "auto", MANY, 16, "mps")
     loss = loss_for("infonce", tiled=tiled, block=int(tiling.value))
     scale = noise(1).requires_grad_()
-    loss(image_ND, text_ND, scale[0], None, Identities(image_ids_N=ids_N, caption_ids_N=ids_N)).backward()  # type: ignore[no-untyped-call]
+    identities = Identities(image_ids_N=ids_N, caption_ids_N=ids_N)
+    value = loss(Contrast(image_NP=image_ND, text_NP=text_ND, logit_scale=scale[0], identities=identities))
+    value.backward()  # type: ignore[no-untyped-call]
 
 
 MISTAKES: tuple[Callable[[], None], ...] = (

@@ -26,7 +26,8 @@ from cliptune_model.source import CONFIG_FOLDER, ModelSource
 from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import loss_for
+from cliptune_trainer.losses.config import LossConfig, Term
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.step import Step
@@ -136,8 +137,8 @@ def findings(case: Case, clip: Clip) -> list[str]:
     optimizer = build_optimizer(
         clip.model, learning_rate=1e-4, weight_decay=0.1, scaled=precision.scaler is not None
     )
-    loss = loss_for(case.loss, tiled=bool(case.block), block=case.block or None)
-    step = Step(clip, loss, optimizer, precision, clip_norm=1.0, micro_batch_size=case.micro_batch_size)
+    objective = Objective(LossConfig(terms=(Term(name=case.loss),)), block=case.block or None)
+    step = Step(clip, objective, optimizer, precision, clip_norm=1.0, micro_batch_size=case.micro_batch_size)
     batch = batch_for(clip, case.rows)
     with Watch() as watch:
         in_flight = step.launch(batch, 1e-4)

@@ -7,19 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.accumulation import accumulate, loss_of_features, parts_of
+from cliptune_trainer.accumulation import accumulate, loss_of_features
 from cliptune_trainer.batch_norm import FROZEN, PASSING, WHOLE, BatchNorms, choose_batch_norm
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import LOSSES, Loss, loss_for
+from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.losses.config import LossConfig, Term
+from cliptune_trainer.losses.objective import Objective
+from cliptune_trainer.parts import parts_of
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.replay import RandomState
+from cliptune_trainer.teacher import StartingModel
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 FP32 = Precision("fp32", "cpu")
 ROWS = 7
 
 
-def whole(clip: Clip, loss: Loss, batch: Batch, parts: int = ROWS) -> tuple[float, dict[str, Tensor]]:
+def whole(
+    clip: Clip,
+    objective: Objective,
+    batch: Batch,
+    parts: int = ROWS,
+    teacher: StartingModel | None = None,
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradient in one pass: all graphs held, one backward pass. No code of the accumulation.
 
     The towers see `parts` pairs at a time, in the order in which accumulation takes them, so that random
@@ -33,31 +43,65 @@ def whole(clip: Clip, loss: Loss, batch: Batch, parts: int = ROWS) -> tuple[floa
     early = [[encode(data[start : start + parts]) for start in starts[:-1]] for encode, data in towers]
     last = [encode(data[starts[-1] :]) for encode, data in towers]
     image_BD, text_BD = (torch.cat([*some, end]) for some, end in zip(early, last, strict=True))
-    value = loss_of_features(clip, loss, batch, image_BD, text_BD)
+    if batch.negative_tokens_BL is not None:
+        text_BD = torch.cat([text_BD, clip.encode_texts(batch.negative_tokens_BL)])
+    taught = teacher(batch, ROWS, FP32) if teacher else None
+    value = loss_of_features(clip, objective, batch, image_BD, text_BD, taught)
     value.backward()  # type: ignore[no-untyped-call]
-    return float(value.detach()), gradients(clip)
+    return float(value.detach()), all_gradients(clip, objective)
 
 
 def accumulated(
-    clip: Clip, loss: Loss, batch: Batch, size: int, texts: int = 1
+    clip: Clip,
+    objective: Objective,
+    batch: Batch,
+    size: int,
+    texts: int = 1,
+    teacher: StartingModel | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
-    value = accumulate(clip, loss, FP32, batch, size, texts_per_image=texts)
-    return float(value), gradients(clip)
+    value = accumulate(clip, objective, FP32, batch, size, texts_per_image=texts, teacher=teacher)
+    return float(value), all_gradients(clip, objective)
 
 
-@pytest.mark.parametrize("tiled", [False, True], ids=["dense", "tiled"])
-@pytest.mark.parametrize("name", list(LOSSES))
-def test_every_loss_has_the_gradient_of_the_whole_batch_in_fp64_and_fp32(name: str, tiled: bool) -> None:
-    loss = loss_for(name, tiled=tiled, block=4 if tiled else None)
+def all_gradients(clip: Clip, objective: Objective) -> dict[str, Tensor]:
+    """Those of the model, and of what the objective learns itself; taken out of both."""
+    own = {
+        f"loss.{name}": value.grad for name, value in objective.named_parameters() if value.grad is not None
+    }
+    objective.zero_grad(set_to_none=True)
+    return gradients(clip) | own
+
+
+COMPOSED = LossConfig(
+    terms=(Term(name="infonce"), Term(name="hard_caption", weight=0.5), Term(name="margin", weight=2.0)),
+    weighting="uncertainty",
+    matryoshka_dims=(8, 16),
+)
+CONFIGS = {
+    **{name: LossConfig(terms=(Term(name=name),)) for name in LOSSES},
+    "robust": LossConfig(temperature="global"),
+    "composed": COMPOSED,
+}
+WAYS = [(name, None) for name in CONFIGS] + [(name, 4) for name, entry in LOSSES.items() if entry.tiled]
+
+
+@pytest.mark.parametrize(("name", "block"), WAYS, ids=[f"{name}-{block or 'whole'}" for name, block in WAYS])
+def test_every_loss_has_the_gradient_of_the_whole_batch_in_fp64_and_fp32(
+    name: str, block: int | None
+) -> None:
+    objective = Objective(CONFIGS[name], block=block)
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
-        clip = small_clip("siglip")
+        clip, start = small_clip("siglip"), small_clip("siglip", seed=3)
         clip.model.to(dtype)
-        batch = small_batch(ROWS, dtype=dtype)
-        value, wanted = whole(clip, loss, batch)
-        assert {"logit_scale"} <= wanted.keys()
+        start.model.to(dtype)
+        teacher = StartingModel(start)
+        batch = small_batch(ROWS, dtype=dtype, full=True)
+        value, wanted = whole(clip, objective, batch, teacher=teacher)
+        assert ("logit_scale" in wanted) == (name != "margin")
         assert ("logit_bias" in wanted) == (name == "sigmoid")
+        assert ("loss.log_variances" in wanted) == (name == "composed")
         for size, texts in ((1, 1), (3, 2), (100, 1)):
-            other, found = accumulated(clip, loss, batch, size, texts)
+            other, found = accumulated(clip, objective, batch, size, texts, teacher)
             assert other == pytest.approx(value, rel=tolerance)
             assert distance(found, wanted) <= tolerance, f"micro-batch {size} in {dtype}"
 
@@ -65,8 +109,8 @@ def test_every_loss_has_the_gradient_of_the_whole_batch_in_fp64_and_fp32(name: s
 @pytest.mark.parametrize("kind", ["vit", "convnext", "coca"])
 def test_every_tower_has_the_gradient_of_the_whole_batch(kind: str) -> None:
     clip, batch = small_clip(kind), small_batch(ROWS)
-    value, wanted = whole(clip, LOSSES["infonce"], batch)
-    other, found = accumulated(clip, LOSSES["infonce"], batch, 3)
+    value, wanted = whole(clip, Objective(), batch)
+    other, found = accumulated(clip, Objective(), batch, 3)
     assert other == pytest.approx(value, rel=1e-5)
     assert distance(found, wanted) <= 1e-5
 
@@ -76,30 +120,28 @@ def test_random_layers_draw_the_masks_of_the_first_pass_again(kind: str) -> None
     clip, batch = small_clip(kind), small_batch(6)
     for size in (2, 3):
         torch.manual_seed(5)
-        value, wanted = whole(clip, LOSSES["infonce"], batch, parts=size)
+        value, wanted = whole(clip, Objective(), batch, parts=size)
         after = torch.randn(())
         torch.manual_seed(5)
-        other, found = accumulated(clip, LOSSES["infonce"], batch, size)
+        other, found = accumulated(clip, Objective(), batch, size)
         assert other == pytest.approx(value, rel=1e-5)
         assert distance(found, wanted) <= 1e-5
         assert torch.randn(()) == after, "the generator goes on where one pass would have left it"
     torch.manual_seed(6)
-    assert distance(accumulated(clip, LOSSES["infonce"], batch, 3)[1], wanted) > 0.05, (
-        "no mask was drawn at all"
-    )
+    assert distance(accumulated(clip, Objective(), batch, 3)[1], wanted) > 0.05, "no mask was drawn at all"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_under_autocast_the_accumulated_gradient_is_as_near_as_the_formats_rounding(precision: str) -> None:
     clip, batch = small_clip("vit"), small_batch(8)
     settings = Precision(precision, "cpu")
-    accumulate(clip, LOSSES["infonce"], settings, batch, 8)
+    accumulate(clip, Objective(), settings, batch, 8)
     wanted = gradients(clip)
-    value = accumulate(clip, LOSSES["infonce"], settings, batch, 3)
+    value = accumulate(clip, Objective(), settings, batch, 3)
     found = gradients(clip)
     assert value.dtype == torch.float32
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
-    exact = whole(clip, LOSSES["infonce"], batch)[1]
+    exact = whole(clip, Objective(), batch)[1]
     if settings.scaler is not None:
         scale = float(settings.scaler.scale)
         assert scale == 65536
@@ -129,9 +171,9 @@ def count_passes(clip: Clip) -> dict[str, int]:
 def test_a_batch_of_one_part_passes_once_and_k_parts_pass_2k_minus_1_times() -> None:
     clip, batch = small_clip("vit"), small_batch(8)
     passes = count_passes(clip)
-    accumulated(clip, LOSSES["infonce"], batch, 8)
+    accumulated(clip, Objective(), batch, 8)
     assert passes == {"image": 1, "text": 1}
-    accumulated(clip, LOSSES["infonce"], batch, 2, texts=2)
+    accumulated(clip, Objective(), batch, 2, texts=2)
     assert passes == {"image": 1 + 7, "text": 1 + 3}
 
 
@@ -140,9 +182,9 @@ def test_a_frozen_tower_is_not_replayed() -> None:
     visual = clip.model.visual
     assert isinstance(visual, nn.Module)
     visual.requires_grad_(False)
-    wanted = whole(clip, LOSSES["infonce"], batch)[1]
+    wanted = whole(clip, Objective(), batch)[1]
     passes = count_passes(clip)
-    found = accumulated(clip, LOSSES["infonce"], batch, 2)[1]
+    found = accumulated(clip, Objective(), batch, 2)[1]
     assert passes == {"image": 4, "text": 7}
     assert distance(found, wanted) <= 1e-5
     assert not any(name.startswith("visual") for name in found)
@@ -177,7 +219,7 @@ def test_running_statistics_count_each_part_once(kind: str) -> None:
             clip.encode_images(batch.images_B3HW[start : start + 2])
     wanted = {name: value.clone() for name, value in clip.model.named_buffers()}
     clip.model.load_state_dict(buffers, strict=False)
-    accumulated(clip, LOSSES["infonce"], batch, 2)
+    accumulated(clip, Objective(), batch, 2)
     for name, value in clip.model.named_buffers():
         assert torch.allclose(value, wanted[name], atol=1e-6), name
     assert (
@@ -194,13 +236,13 @@ def test_running_statistics_count_each_part_once(kind: str) -> None:
 
 def test_frozen_statistics_make_a_convolutional_tower_exact() -> None:
     clip, batch = small_clip("resnet"), small_batch(ROWS)
-    accumulated(clip, LOSSES["infonce"], batch, ROWS)  # statistics that are not those of random weights
+    accumulated(clip, Objective(), batch, ROWS)  # statistics that are not those of random weights
     before = {name: value.clone() for name, value in clip.model.named_buffers()}
     norms = BatchNorms(clip.model, frozen=True)
     clip.model.train()
     norms.prepare()
-    wanted = whole(clip, LOSSES["infonce"], batch)[1]
-    accumulate(clip, LOSSES["infonce"], FP32, batch, 3, batch_norms=norms)
+    wanted = whole(clip, Objective(), batch)[1]
+    accumulate(clip, Objective(), FP32, batch, 3, batch_norms=norms)
     assert distance(gradients(clip), wanted) <= 1e-5
     assert all(torch.equal(value, before[name]) for name, value in clip.model.named_buffers())
 

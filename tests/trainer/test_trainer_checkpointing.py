@@ -17,14 +17,14 @@ from cliptune_trainer.checkpointing import (
     enable_checkpointing,
     repeated_blocks,
 )
-from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.precision import Precision
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 
 def taken(clip: Clip, size: int, precision: str = "fp32") -> dict[str, Tensor]:
     torch.manual_seed(4)
-    accumulate(clip, LOSSES["infonce"], Precision(precision, "cpu"), small_batch(6), size)
+    accumulate(clip, Objective(), Precision(precision, "cpu"), small_batch(6), size)
     return gradients(clip)
 
 

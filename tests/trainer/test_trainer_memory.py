@@ -18,7 +18,7 @@ from cliptune_model.clip import Clip
 from cliptune_model.machine.workload import Workload
 from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.checkpointing import Checkpointed, enable_checkpointing
-from cliptune_trainer.losses import infonce
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory import estimate as estimating
 from cliptune_trainer.memory import pressure
 from cliptune_trainer.memory.cache import CachedPlan, PlanCache
@@ -119,7 +119,7 @@ def test_the_estimate_is_what_a_real_step_holds() -> None:
             part = replace(
                 part, image_ids_B=batch.image_ids_B[:pairs], caption_ids_B=batch.caption_ids_B[:pairs]
             )
-            accumulate(clip, infonce, Precision("fp32", "cpu"), part, pairs)
+            accumulate(clip, Objective(), Precision("fp32", "cpu"), part, pairs)
         peak_bytes: int = live.peak
         return peak_bytes
 
@@ -288,7 +288,7 @@ def test_a_probe_leaves_the_model_as_it_found_it(kind: str) -> None:
     clip = small_clip(kind)
     before = {name: value.clone() for name, value in clip.model.state_dict().items()}
     random = torch.get_rng_state()
-    probe = DeviceProbe(clip, infonce, Precision("bf16", "cpu"), text_tokens=16, extra_bytes=5)
+    probe = DeviceProbe(clip, Precision("bf16", "cpu"), text_tokens=16, extra_bytes=5)
     way = Way(
         attention=SLICED,
         checkpointing=True,
@@ -308,7 +308,7 @@ def test_a_probe_leaves_the_model_as_it_found_it(kind: str) -> None:
 
 def test_a_probe_that_runs_out_of_memory_says_so() -> None:
     clip = small_clip("vit")
-    probe = DeviceProbe(clip, infonce, Precision("fp32", "cpu"), text_tokens=16, extra_bytes=0)
+    probe = DeviceProbe(clip, Precision("fp32", "cpu"), text_tokens=16, extra_bytes=0)
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)

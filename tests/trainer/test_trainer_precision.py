@@ -18,7 +18,8 @@ from cliptune_trainer.checkpoint import checkpoints
 from cliptune_trainer.commands import Inbox
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.journal import Journal
-from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.losses import Contrast
+from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.nan_guard import Culprit
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.outcomes import MAX_SKIPPED_IN_ROW
@@ -36,9 +37,7 @@ Hook = Callable[..., Any]
 def make(clip: Clip, precision: str = "fp32", micro_batch_size: int | None = None) -> tuple[Step, Precision]:
     settings = Precision(precision, "cpu")
     optimizer = build_optimizer(clip.model, learning_rate=1e-3, weight_decay=0.1)
-    step = Step(
-        clip, LOSSES["infonce"], optimizer, settings, clip_norm=1.0, micro_batch_size=micro_batch_size
-    )
+    step = Step(clip, Objective(), optimizer, settings, clip_norm=1.0, micro_batch_size=micro_batch_size)
     return step, settings
 
 
@@ -132,16 +131,18 @@ def test_the_loss_scale_is_0_where_nothing_is_scaled() -> None:
 def test_features_are_normalised_in_fp32_whatever_the_towers_compute_in() -> None:
     seen: list[torch.dtype] = []
 
-    def loss(*inputs: Any) -> Tensor:
-        image_ND, text_ND, scale = inputs[:3]
-        seen.extend([image_ND.dtype, text_ND.dtype, scale.dtype, (image_ND @ text_ND.T).dtype])
-        assert (image_ND.norm(dim=-1) - 1).abs().max() < 1e-6
-        return LOSSES["infonce"](*inputs)
+    class Watched(Objective):
+        def weighed(self, contrast: Contrast) -> Tensor:
+            image_ND, text_ND = contrast.image_NP, contrast.text_NP
+            seen.extend([image_ND.dtype, text_ND.dtype, contrast.logit_scale.dtype, contrast.logits().dtype])
+            assert (image_ND.norm(dim=-1) - 1).abs().max() < 1e-6
+            return super().weighed(contrast)
 
     for precision in ("bf16", "fp16"):
         clip = small_clip("vit")
         optimizer = build_optimizer(clip.model, learning_rate=1e-3, weight_decay=0.1)
-        Step(clip, loss, optimizer, Precision(precision, "cpu"), clip_norm=1.0)(small_batch(4), 1e-3)
+        step = Step(clip, Watched(), optimizer, Precision(precision, "cpu"), clip_norm=1.0)
+        step(small_batch(4), 1e-3)
         halves = [value.dtype for value in clip.model.state_dict().values() if value.dtype != torch.float32]
         assert halves == []
     assert set(seen) == {torch.float32}
@@ -214,11 +215,12 @@ def test_bad_input_bad_weights_and_a_bad_loss_are_told_apart() -> None:
     pairs.images_B3HW[2, 0, 0, 0] = math.inf
     assert step(pairs, 1e-3).culprit == Culprit(module="visual.conv1", what="input")
 
-    def loss(*features: Any) -> Tensor:
-        return LOSSES["infonce"](*features) * math.nan
+    class Bad(Objective):
+        def forward(self, clip: Clip, features: Features) -> Tensor:
+            return super().forward(clip, features) * math.nan
 
     optimizer = build_optimizer(clip.model, learning_rate=1e-3, weight_decay=0.1)
-    bad_loss = Step(clip, loss, optimizer, Precision("fp32", "cpu"), clip_norm=1.0)
+    bad_loss = Step(clip, Bad(), optimizer, Precision("fp32", "cpu"), clip_norm=1.0)
     culprit = bad_loss(small_batch(6), 1e-3).culprit
     assert culprit == Culprit(module="", what="gradient")
     assert "the loss" in str(culprit)

@@ -69,7 +69,7 @@ def trained(job: TrainerJob, attempt: int = 1, inbox: Inbox | None = None) -> En
         ({"train": {"learning_rate": -1.0}}, "train.learning_rate", "above 0"),
         ({"train": {"precision": "fp8"}}, "train.precision", "auto, fp32, bf16, fp16"),
         ({"train": {"clip_norm": -1}}, "train.clip_norm", "at least 0"),
-        ({"loss": {"name": "hinge"}}, "loss.name", "infonce, multi_positive"),
+        ({"loss": {"name": "hinge"}}, "loss.name", "infonce, sigmoid, multi_positive"),
         ({"data": {"augmentation": "mixup"}}, "data.augmentation", "none, flip, crop"),
         ({"data": {"train": ""}}, "data.train", "CSV"),
         ({"data": {"max_bad_fraction": 2}}, "data.max_bad_fraction", "0 to 1"),

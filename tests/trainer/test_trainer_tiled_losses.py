@@ -10,11 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cliptune.errors import SpecError
-from cliptune_trainer.losses import LOSSES, Identities, Loss, choose_tiling, loss_bytes, loss_for, sigmoid
+from cliptune_trainer.losses import (
+    LOSSES,
+    Contrast,
+    Identities,
+    Loss,
+    choose_tiling,
+    loss_bytes,
+    loss_for,
+)
 from cliptune_trainer.losses.fused import Fused
 from cliptune_trainer.losses.tiles import spans
 from cliptune_trainer.memory.count import LiveBytes
 
+TILED = [name for name, entry in LOSSES.items() if entry.tiled]
 ROWS, BLOCK = 300, 128  # nine tiles, the last ones smaller
 SCALE, BIAS = 20.0, -6.0
 
@@ -37,9 +46,19 @@ def some_shared(rows: int) -> Identities:
     return Identities(image_ids_N=ids[0], caption_ids_N=ids[1])
 
 
+def contrast(leaves: tuple[Tensor, ...], identities: Identities, *, bias: bool = True) -> Contrast:
+    image_ND, text_ND, scale, added = leaves
+    return Contrast(
+        image_NP=image_ND,
+        text_NP=text_ND,
+        logit_scale=scale,
+        logit_bias=added if bias else None,
+        identities=identities,
+    )
+
+
 def value_and_gradients(loss: Loss, leaves: tuple[Tensor, ...], identities: Identities) -> list[Tensor]:
-    image_ND, text_ND, scale, bias = leaves
-    value = loss(image_ND, text_ND, scale, bias, identities)
+    value = loss(contrast(leaves, identities))
     value.backward()  # type: ignore[no-untyped-call]
     return [value.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
@@ -51,21 +70,21 @@ def distances(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", TILED)
 def test_tiles_give_the_loss_and_every_gradient_of_the_whole_table(name: str) -> None:
     identities = some_shared(ROWS)
-    exact = value_and_gradients(LOSSES[name], inputs(ROWS, torch.float64), identities)
+    exact = value_and_gradients(loss_for(name, tiled=False), inputs(ROWS, torch.float64), identities)
     assert len(exact) == (5 if name == "sigmoid" else 4)
     tiles = loss_for(name, tiled=True, block=BLOCK)
     assert max(distances(value_and_gradients(tiles, inputs(ROWS, torch.float64), identities), exact)) < 1e-13
     assert max(distances(value_and_gradients(tiles, inputs(ROWS, torch.float32), identities), exact)) < 1e-6
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", TILED)
 def test_a_batch_smaller_than_a_tile_and_one_of_a_single_odd_row_more_are_no_exceptions(name: str) -> None:
     for rows in (5, BLOCK + 1):
         identities = some_shared(rows)
-        exact = value_and_gradients(LOSSES[name], inputs(rows, torch.float64), identities)
+        exact = value_and_gradients(loss_for(name, tiled=False), inputs(rows, torch.float64), identities)
         tiles = loss_for(name, tiled=True, block=BLOCK)
         found = value_and_gradients(tiles, inputs(rows, torch.float64), identities)
         assert max(distances(found, exact)) < 1e-12
@@ -77,17 +96,18 @@ def test_the_whole_range_of_logits_neither_overflows_nor_vanishes() -> None:
     scale, identities = torch.tensor(100.0), some_shared(40)
     for name in ("infonce", "multi_positive"):
         for image_ND in (-text_ND, text_ND):
-            whole = LOSSES[name](image_ND, text_ND, scale, None, identities)
-            tiles = loss_for(name, tiled=True, block=16)(image_ND, text_ND, scale, None, identities)
+            given = contrast((image_ND, text_ND, scale, scale), identities, bias=False)
+            whole = loss_for(name, tiled=False)(given)
+            tiles = loss_for(name, tiled=True, block=16)(given)
             assert torch.isfinite(tiles)
             torch.testing.assert_close(tiles, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_number_that_is_none_stays_visible_in_the_loss() -> None:
-    for name in LOSSES:
-        image_ND, text_ND, scale, bias = (leaf.detach() for leaf in inputs(40, torch.float32))
-        image_ND[3, 2] = torch.nan
-        loss = loss_for(name, tiled=True, block=16)(image_ND, text_ND, scale, bias, some_shared(40))
+    for name in TILED:
+        leaves = tuple(leaf.detach() for leaf in inputs(40, torch.float32))
+        leaves[0][3, 2] = torch.nan
+        loss = loss_for(name, tiled=True, block=16)(contrast(leaves, some_shared(40)))
         assert not torch.isfinite(loss), name
 
 
@@ -95,23 +115,24 @@ def test_gradients_flow_only_to_what_is_trained_and_are_scaled_by_what_comes_aft
     image_ND, text_ND, scale, bias = inputs(40, torch.float32)
     text_ND = text_ND.detach()
     tiles = loss_for("sigmoid", tiled=True, block=16)
-    (1024 * tiles(image_ND, text_ND, scale, bias.detach(), some_shared(40))).backward()
+    (1024 * tiles(contrast((image_ND, text_ND, scale, bias.detach()), some_shared(40)))).backward()
     whole = inputs(40, torch.float32)
-    sigmoid(whole[0], text_ND, whole[2], whole[3].detach(), some_shared(40)).backward()
+    loss = loss_for("sigmoid", tiled=False)
+    loss(contrast((whole[0], text_ND, whole[2], whole[3].detach()), some_shared(40))).backward()
     assert text_ND.grad is None
     for one, other in ((image_ND, whole[0]), (scale, whole[2])):
         assert one.grad is not None
         assert other.grad is not None
         assert distances([one.grad / 1024], [other.grad])[0] < 1e-5
     with torch.no_grad():
-        assert not tiles(image_ND, text_ND, scale, bias, some_shared(40)).requires_grad
+        assert not tiles(contrast((image_ND, text_ND, scale, bias), some_shared(40))).requires_grad
 
 
 def test_half_precision_features_are_multiplied_in_fp32_where_logits_would_be_rounded() -> None:
     leaves = tuple(leaf.detach().bfloat16() for leaf in inputs(60, torch.float32))
-    whole = LOSSES["infonce"](*leaves, some_shared(60))
+    whole = loss_for("infonce", tiled=False)(contrast(leaves, some_shared(60)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        tiles = loss_for("infonce", tiled=True, block=32)(*leaves, some_shared(60))
+        tiles = loss_for("infonce", tiled=True, block=32)(contrast(leaves, some_shared(60)))
     assert tiles.dtype == torch.float32
     torch.testing.assert_close(tiles, whole, rtol=1e-6, atol=0)
     trained = tuple(leaf.requires_grad_() for leaf in leaves)
@@ -121,7 +142,7 @@ def test_half_precision_features_are_multiplied_in_fp32_where_logits_would_be_ro
 
 def test_the_sigmoid_loss_is_that_of_siglip() -> None:
     ours, theirs = inputs(12, torch.float32), inputs(12, torch.float32)
-    value = sigmoid(*ours, some_shared(12))
+    value = loss_for("sigmoid", tiled=False)(contrast(ours, some_shared(12)))
     reference = SigLipLoss()(*theirs)
     assert float(value.detach()) == pytest.approx(float(reference.detach()), rel=1e-6)
     value.backward()
@@ -131,13 +152,12 @@ def test_the_sigmoid_loss_is_that_of_siglip() -> None:
 
 
 def test_the_sigmoid_loss_refuses_a_model_without_bias() -> None:
-    image_ND, text_ND, scale, _ = inputs(12, torch.float32)
-    for loss in (sigmoid, loss_for("sigmoid", tiled=True, block=8)):
+    for loss in (loss_for("sigmoid", tiled=False), loss_for("sigmoid", tiled=True, block=8)):
         with pytest.raises(ValueError, match="logit bias"):
-            loss(image_ND, text_ND, scale, None, some_shared(12))
+            loss(contrast(inputs(12, torch.float32), some_shared(12), bias=False))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", TILED)
 def test_tiles_take_the_memory_of_tiles_and_the_estimates_hold_what_is_taken(name: str) -> None:
     rows, identities = 1536, some_shared(1536)
     taken = {}

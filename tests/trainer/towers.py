@@ -61,21 +61,33 @@ def small_clip(kind: str, seed: int = 0) -> Clip:
     return replace(build(ModelSource(name="cliptune-test-vit")), model=model.train())
 
 
-def small_batch(rows: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Batch:
-    """Noise and random texts of several lengths; every third caption is the same."""
+def small_batch(rows: int, *, dtype: torch.dtype = torch.float32, seed: int = 0, full: bool = False) -> Batch:
+    """Noise and random texts of several lengths; every third caption is the same.
+
+    With `full`, labels and wrong captions too: all that any loss may need.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens_BL = torch.randint(1, 49000, (rows, 16), generator=generator)
     lengths_B = torch.randint(4, 16, (rows,), generator=generator)
     places_L = torch.arange(16)
     tokens_BL[places_L[None, :] > lengths_B[:, None]] = 0
     tokens_BL[torch.arange(rows), lengths_B] = 49407  # the end-of-text token
-    return Batch(
+    batch = Batch(
         epoch=0,
         index=0,
         images_B3HW=torch.randn(rows, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).to(dtype),
         tokens_BL=tokens_BL,
         image_ids_B=torch.arange(rows),
         caption_ids_B=torch.arange(rows) % 3,
+    )
+    if not full:
+        return batch
+    places_B = torch.arange(rows)
+    return replace(
+        batch,
+        labels_BC=torch.stack([places_B % 2 == 0, places_B % 3 == 0], dim=1).float(),
+        negative_tokens_BL=tokens_BL.roll(1, dims=0).roll(1, dims=1),
+        negative_ids_B=torch.where(places_B % 4 == 3, -2, -1),
     )
 
 

@@ -17,19 +17,19 @@ b: pairs of a part, N: pairs of the batch as the loss sees them, D: embedding di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from cliptune_model.clip import Clip
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import Identities, Loss
+from cliptune_trainer.losses import Identities, Teacher
+from cliptune_trainer.losses.objective import Features, Objective
+from cliptune_trainer.parts import moved, parts_of
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.replay import RandomState
+from cliptune_trainer.teacher import StartingModel
 
 
 class FeatureCache:
@@ -82,13 +82,14 @@ class FeatureCache:
 
 def accumulate(
     clip: Clip,
-    loss: Loss,
+    objective: Objective,
     precision: Precision,
     batch: Batch,
     micro_batch_size: int,
     *,
     texts_per_image: int = 1,
     batch_norms: BatchNorms | None = None,
+    teacher: StartingModel | None = None,
 ) -> Tensor:
     """Adds the gradient of the loss over the whole batch to the parameters' gradients.
 
@@ -98,17 +99,19 @@ def accumulate(
 
     Args:
         clip: in training mode.
-        loss: over all pairs.
+        objective: over all pairs; what it learns itself gets its gradient too.
         precision: its loss scale, if it has one, is in the gradients; not in what is returned.
         batch: on any device; a part of it goes to the towers' device at a time.
         micro_batch_size: pairs whose graphs are held at once; a batch of no more is not divided.
         texts_per_image: texts of a part for each image of a part, for texts that cost less memory.
         batch_norms: of the model; None: looked for.
+        teacher: for losses that need one.
 
     Returns:
         The loss, a scalar on the device.
     """
     norms = batch_norms or BatchNorms(clip.model)
+    taught = None if teacher is None else teacher(batch, micro_batch_size, precision)
     caches = _caches(clip, batch, micro_batch_size, texts_per_image)
     # Two contexts: a weight cast without a graph must not serve where one is needed.
     with precision.autocast():
@@ -118,7 +121,7 @@ def accumulate(
         image_ND, text_ND = (cache.features() for cache in caches)
         after = RandomState.capture(clip.device)
         with precision.exact():
-            value = loss_of_features(clip, loss, batch, image_ND, text_ND)
+            value = loss_of_features(clip, objective, batch, image_ND, text_ND, taught)
             del image_ND, text_ND
         with norms.uncounted():  # what checkpointing and the replay compute again has been counted
             with precision.exact():
@@ -130,56 +133,61 @@ def accumulate(
     return value.detach()
 
 
-def contrastive_loss(clip: Clip, loss: Loss, precision: Precision, batch: Batch) -> Tensor:
+def contrastive_loss(clip: Clip, objective: Objective, precision: Precision, batch: Batch) -> Tensor:
     """Forward through both towers and the loss at once; scalar with gradients, on the device."""
     with precision.autocast():
         image_ND, text_ND = (cache.features() for cache in _caches(clip, batch, len(batch.tokens_BL), 1))
-    return loss_of_features(clip, loss, batch, image_ND, text_ND)
+    return loss_of_features(clip, objective, batch, image_ND, text_ND)
 
 
-def loss_of_features(clip: Clip, loss: Loss, batch: Batch, image_ND: Tensor, text_ND: Tensor) -> Tensor:
-    """The loss over the features of a whole batch, not normalised yet; scalar."""
-    device = clip.device
-    identities = Identities(
-        image_ids_N=_move(batch.image_ids_B, device), caption_ids_N=_move(batch.caption_ids_B, device)
-    )
-    # Normalised in fp32: half precision rounds unit vectors too coarsely.
-    return loss(
-        F.normalize(image_ND, dim=-1),
-        F.normalize(text_ND, dim=-1),
-        cast(Tensor, clip.model.logit_scale).exp(),
-        getattr(clip.model, "logit_bias", None),
-        identities,
-    )
+def loss_of_features(
+    clip: Clip,
+    objective: Objective,
+    batch: Batch,
+    image_ND: Tensor,
+    text_ND: Tensor,
+    teacher: Teacher | None = None,
+) -> Tensor:
+    """The loss over the features of a whole batch, as the towers leave them; scalar.
 
-
-def parts_of(count: int, size: int) -> list[slice]:
-    """`count` rows in as few parts of at most `size` as can be, as even as can be, in at most two lengths.
-
-    The last part, whose graph is kept, is of the larger length.
+    `text_ND` has the wrong captions after the right ones, if the batch has some.
     """
-    if size < 1:
-        raise ValueError(f"a micro-batch of {size} pairs")
-    parts = -(-count // size)
-    bounds = [part * count // parts for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in pairwise(bounds)]
+    device, count = clip.device, len(batch.tokens_BL)
+    labels_BC, negative_ids_B = batch.labels_BC, batch.negative_ids_B
+    identities = Identities(
+        image_ids_N=moved(batch.image_ids_B, device),
+        caption_ids_N=moved(batch.caption_ids_B, device),
+        labels_NC=None if labels_BC is None else moved(labels_BC, device),
+    )
+    features = Features(
+        image_ND=image_ND,
+        text_ND=text_ND[:count],
+        identities=identities,
+        negative_ND=None if negative_ids_B is None else text_ND[count:],
+        negative_ids_N=None if negative_ids_B is None else moved(negative_ids_B, device),
+        teacher=teacher,
+    )
+    value: Tensor = objective(clip, features)
+    return value
 
 
 def _caches(clip: Clip, batch: Batch, images: int, texts_per_image: int) -> tuple[FeatureCache, FeatureCache]:
     device, count = clip.device, len(batch.tokens_BL)
 
     def image_features(rows: slice) -> Tensor:
-        return clip.encode_images(_move(batch.images_B3HW[rows], device))
+        return clip.encode_images(moved(batch.images_B3HW[rows], device))
 
     def text_features(rows: slice) -> Tensor:
-        return clip.encode_texts(_move(batch.tokens_BL[rows], device))
+        if rows.start < count or batch.negative_tokens_BL is None:
+            return clip.encode_texts(moved(batch.tokens_BL[rows], device))
+        there = slice(rows.start - count, rows.stop - count)
+        return clip.encode_texts(moved(batch.negative_tokens_BL[there], device))
 
+    texts = parts_of(count, images * texts_per_image)
+    if batch.negative_tokens_BL is not None:
+        # After the captions, in the same lengths: they take no memory beyond another pass of their tower.
+        texts += [slice(count + part.start, count + part.stop) for part in texts]
     return (
         FeatureCache(image_features, parts_of(count, images), device),
-        FeatureCache(text_features, parts_of(count, images * texts_per_image), device),
+        FeatureCache(text_features, texts, device),
     )
-
-
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    # From pinned memory the copy runs beside the host; elsewhere the flag would be unsafe or idle.
-    return tensor.to(device, non_blocking=device.type == "cuda")

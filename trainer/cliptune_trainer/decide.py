@@ -22,6 +22,7 @@ from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.remarks import about_data
 from cliptune_trainer.evaluation.classes import decide_judging
+from cliptune_trainer.loss_needs import check_loss
 from cliptune_trainer.remark import Remark
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
@@ -111,8 +112,9 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
                 f" ones mostly forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
             )
         )
+    remarks += check_loss(spec, dataset.train, clip)
     captions = len(set(dataset.train.caption_ids.tolist()))
-    if spec.loss == "infonce" and captions < batch_size:
+    if "infonce" in spec.loss.names and captions < batch_size:
         remarks.append(
             Remark(
                 code="repeated-captions",

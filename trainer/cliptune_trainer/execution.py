@@ -13,7 +13,10 @@ import torch
 
 from cliptune_model.choice import Choice
 from cliptune_model.machine.policy import Policy
-from cliptune_trainer.losses import WHOLE, Loss, loss_for
+from cliptune_model.similarity import Similarity
+from cliptune_trainer.losses import WHOLE
+from cliptune_trainer.losses.config import LossConfig
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.plan import BatchPlan
 
 
@@ -39,13 +42,13 @@ class Execution:
     text_tokens: int
     precision: str
 
-    def loss(self, name: str) -> Loss:
-        """The job's loss, whole or in tiles."""
+    def objective(self, config: LossConfig, similarity: Similarity) -> Objective:
+        """What the job minimises, in whole tables or in tiles. On the CPU."""
         if self.tiling.value == WHOLE:
-            return loss_for(name, tiled=False)
+            return Objective(config)
         # The towers computed in it already: features in bf16 lose nothing that they still had.
-        products = torch.bfloat16 if self.precision == "bf16" else None
-        return loss_for(name, tiled=True, block=int(self.tiling.value), products=products)
+        half = self.precision == "bf16" and similarity.half_products
+        return Objective(config, block=int(self.tiling.value), products=torch.bfloat16 if half else None)
 
     def stored(self) -> dict[str, Any]:
         """For a checkpoint, as JSON values: a resumed run computes as the one before."""

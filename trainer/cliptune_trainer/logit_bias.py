@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.similarity import normalise
 from cliptune_trainer.data.loader import Batch
 
 # Zhai et al. 2023, section 3.2: from random weights. Each row has one positive among many negatives.
@@ -61,13 +60,13 @@ def calibrate(clip: Clip, batch: Batch, micro_batch_size: int) -> float:
     count = min(len(batch.tokens_BL), _CALIBRATION_PAIRS)
     training = clip.model.training
     clip.model.eval()
-    images, texts = [], []
+    images, texts, similarity = [], [], clip.similarity
     for start in range(0, count, micro_batch_size):
         rows = slice(start, min(start + micro_batch_size, count))
-        images.append(normalise(clip.encode_images(batch.images_B3HW[rows].to(clip.device))))
-        texts.append(normalise(clip.encode_texts(batch.tokens_BL[rows].to(clip.device))))
+        images.append(clip.encode_images(batch.images_B3HW[rows].to(clip.device)))
+        texts.append(clip.encode_texts(batch.tokens_BL[rows].to(clip.device)))
     clip.model.train(training)
-    similarity_BB = torch.cat(images) @ torch.cat(texts).T
+    similarity_BB = similarity(torch.cat(images), torch.cat(texts))
     matching = float(similarity_BB.diagonal().mean())
     others = (float(similarity_BB.sum()) - matching * count) / max(1, count * (count - 1))
     bias = -clip.logit_scale * (matching + others) / 2

@@ -36,7 +36,8 @@ from cliptune_trainer.export import export
 from cliptune_trainer.hold import Ending, attempt_write, hold
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.logit_bias import calibrate, needs_calibration
-from cliptune_trainer.losses import NEED_BIAS
+from cliptune_trainer.losses.entry import BIAS
+from cliptune_trainer.losses.temperature import begin
 from cliptune_trainer.orders import Orders
 from cliptune_trainer.outcomes import Outcomes, UnderWay
 from cliptune_trainer.pace import Pace
@@ -64,6 +65,7 @@ class Training:
         reporter: takes the events.
         inbox: gives the instructions.
         linked: a daemon may speak through the inbox, so that it is worth waiting for its word.
+        teacher: the model as the first step found it, for objectives that need it.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Training:
         reporter: Reporter,
         inbox: Inbox,
         linked: bool,
+        teacher: Clip | None = None,
     ) -> None:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
@@ -96,6 +99,8 @@ class Training:
             total_steps=self._total_steps,
             warmup_fraction=spec.train.warmup_fraction,
         )
+        if state is None:
+            begin(clip.model, spec.loss)
         self._stepper = Stepper(
             spec,
             clip,
@@ -103,6 +108,7 @@ class Training:
             batch_size=decisions.batch_size,
             learning_rate=decisions.learning_rate,
             reporter=reporter,
+            teacher=teacher,
         )
         # On CUDA the host is a step ahead of the device, which so never waits for it.
         self._runs_ahead = clip.device.type == "cuda"
@@ -113,6 +119,7 @@ class Training:
             clip,
             augmentation=spec.data.augment,
             exact=decisions.exact_decode,
+            needs=spec.loss.needs,
             batch_size=decisions.batch_size,
             seed=spec.train.seed,
             workers=decisions.workers,
@@ -187,7 +194,7 @@ class Training:
 
     def _launch(self, batch: Batch) -> None:
         learning_rate = self._learning_rate()
-        if self._step == 0 and self._spec.loss in NEED_BIAS and needs_calibration(self._clip):
+        if self._step == 0 and BIAS in self._spec.loss.needs and needs_calibration(self._clip):
             bias = calibrate(self._clip, batch, self._stepper.micro_batch_size)
             told = f"logit bias {bias:.4g}: the model was trained without one; set from the first batch"
             self._reporter.notice("logit-bias-calibrated", told, warning=False)

@@ -7,12 +7,10 @@ weight decay; the logit scale and bias have a group, and so a learning rate, of 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Any, Final
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
@@ -23,7 +21,6 @@ from cliptune_model.machine.rules import choose_fused_optimizer
 BETAS: Final = (0.9, 0.98)
 EPS: Final = 1e-6
 _FUSING: Final = ("cpu", "cuda", "mps")
-MAX_LOG_SCALE: Final = math.log(100.0)
 _SCALES: Final = ("logit_scale", "logit_bias")
 # Parts of a name that say "position", "class token" or "scale", in open_clip, timm and Hugging Face.
 _NO_DECAY: Final = frozenset(
@@ -52,8 +49,11 @@ def build_optimizer(
     scaled: bool = False,
     fused: bool | None = None,
     scale_share: float = 1.0,
+    beside: Mapping[str, nn.Module] | None = None,
 ) -> AdamW:
-    """AdamW over all trainable parameters, in up to three groups: with decay, without, logit scale and bias.
+    """AdamW over all trainable parameters, in up to three groups: with decay, without, scales.
+
+    The last are logit scale and bias, and whatever is trained beside the towers.
 
     Args:
         model: fp32 master weights, on their device.
@@ -61,10 +61,13 @@ def build_optimizer(
         weight_decay: of matrices.
         scaled: a gradient scaler is in use.
         fused: by the policy; None: wherever nothing is known against it.
-        scale_share: learning rate of the logit scale and bias, as a multiple of the others'.
+        scale_share: learning rate of the scales, as a multiple of the others'.
+        beside: what else is trained (the similarity, the objective); its parameters are named KEY.NAME.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     scales = [entry for entry in trainable if entry[0] in _SCALES]
+    for key, module in (beside or {}).items():
+        scales += [(f"{key}.{name}", one) for name, one in module.named_parameters() if one.requires_grad]
     decayed = [entry for entry in trainable if takes_decay(*entry)]
     others = [entry for entry in trainable if entry[0] not in _SCALES and not takes_decay(*entry)]
     groups: list[dict[str, Any]] = [
@@ -85,7 +88,7 @@ def build_optimizer(
 
 
 def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
-    """Of the next step; the logit scale's and bias's in their proportion to it."""
+    """Of the next step; the scales' in their proportion to it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group[_SHARE]
 
@@ -93,12 +96,6 @@ def set_learning_rate(optimizer: AdamW, learning_rate: float) -> None:
 def takes_decay(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to a parameter."""
     return parameter.ndim > 1 and _NO_DECAY.isdisjoint(name.split("."))
-
-
-@torch.no_grad()
-def clamp_logit_scale(model: nn.Module) -> None:
-    """Keeps the logit scale in [1, 100], as Radford et al. 2021, section 2.5; stored as its logarithm."""
-    cast(Tensor, model.logit_scale).clamp_(0.0, MAX_LOG_SCALE)
 
 
 def state_tensors(optimizer: AdamW) -> dict[str, Tensor]:

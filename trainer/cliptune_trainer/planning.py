@@ -28,7 +28,8 @@ from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.decide import Hardware
 from cliptune_trainer.execution import Execution
 from cliptune_trainer.logit_bias import ensure_bias
-from cliptune_trainer.losses import NEED_BIAS, choose_tiling, loss_bytes, loss_for
+from cliptune_trainer.losses.entry import BIAS, TEACHER
+from cliptune_trainer.losses.sizing import choose_objective_tiling, objective_bytes
 from cliptune_trainer.memory.cache import CachedPlan, PlanCache
 from cliptune_trainer.memory.estimate import OVERHEAD, Estimate, Estimator
 from cliptune_trainer.memory.limit import limit_process
@@ -92,7 +93,7 @@ class Planner:
         self._batch_size = batch_size
         self._lean = _lean(clip, self._kind)
         make_lean(clip, self._lean)
-        self._bias = [ensure_bias(clip)] if spec.loss in NEED_BIAS else []
+        self._bias = [ensure_bias(clip)] if BIAS in spec.loss.needs else []
         self._text_tokens = longest_text(clip, captions)
         self._workload = replace(
             Workload.of(
@@ -164,9 +165,9 @@ class Planner:
         if stored is not None:
             return Choice(subject="loss tiling", value=stored["tiling"], reason="as before")
         room = max(policy.budget_bytes - self._workload.state_bytes(), 0)
-        return choose_tiling(
+        return choose_objective_tiling(
             self._spec.loss,
-            self._spec.tiling,
+            self._clip.similarity,
             self._batch_size,
             self._clip.embedding_dim,
             self._device,
@@ -191,12 +192,21 @@ class Planner:
             budget_bytes=policy.budget_bytes,
             device_type=self._kind,
             tokens=self._workload.image_tokens + self._workload.text_tokens,
-            loss_bytes=loss_bytes(self._spec.loss, count, dim, tiling) + features,
+            loss_bytes=self._loss_bytes(tiling) + features,
             attentions=tuple(AttentionPlan(mode=mode, budget_bytes=policy.block_bytes) for mode in modes),
             checkpointing=switches,
             micro_batch_size=None if wanted is None else min(wanted, count, policy.max_pairs or count),
             max_micro_batch=policy.max_pairs,
         )
+
+    def _loss_bytes(self, tiling: Choice) -> int:
+        """The objective's tables, and the weights of the model that it is held to, if any."""
+        size = objective_bytes(
+            self._spec.loss, self._clip.similarity, self._batch_size, self._clip.embedding_dim, tiling
+        )
+        if TEACHER in self._spec.loss.needs:
+            size += sum(weight.nbytes for weight in self._clip.model.parameters())
+        return size
 
     def _batch_plan(self, policy: Policy, tiling: Choice) -> BatchPlan:
         demand = self._demand(policy, tiling)
@@ -223,7 +233,6 @@ class Planner:
             precision = Precision(policy.precision.value, self._clip.device)
             probe = DeviceProbe(
                 self._clip,
-                loss_for(self._spec.loss, tiled=False),
                 precision,
                 text_tokens=self._text_tokens,
                 extra_bytes=demand.loss_bytes,
@@ -300,7 +309,7 @@ class Planner:
             "lean": self._lean.value,
             "image_size": list(clip.image_size),
             "workload": asdict(self._workload),
-            "loss": [self._spec.loss, demand.loss_bytes],
+            "loss": [*self._spec.loss.names, demand.loss_bytes],
             "precision": policy.precision.value,
             "device": [self._kind, machine.gpu_name or machine.chip, machine.gpu_memory_bytes],
             "budget": demand.budget_bytes // _BUDGET_STEP_BYTES,

@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Final
 
 import torch
 
+from cliptune.domains import Layered
 from cliptune.durable import write_atomically
 from cliptune.errors import OverloadedError
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
+from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Loader
@@ -27,12 +30,16 @@ from cliptune_trainer.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.execution import Execution
 from cliptune_trainer.job import JobFolder
+from cliptune_trainer.losses.entry import TEACHER
+from cliptune_trainer.losses.temperature import begin, hold
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.optim import build_optimizer
+from cliptune_trainer.plan_spec import domain_choices, spec_as_run
 from cliptune_trainer.planning import Planner
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepOutOfMemoryError
+from cliptune_trainer.teacher import StartingModel
 
 # The timed step is a small one, scaled up: preparation must not take long.
 _TIMED_PAIRS: Final = 16
@@ -43,7 +50,7 @@ _FORWARD_SHARE: Final = 1 / 3
 def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
     """Checks everything and journals notices and the plan. Raises a `CliptuneError` for what is wrong."""
     with tracer().start_as_current_span("prepare.spec"):
-        spec = job.spec()
+        layers, spec = job.layers(), job.spec()
         hardware = decide_hardware(spec, job.home)
         torch.set_num_threads(int(hardware.threads.value))
     with tracer().start_as_current_span("prepare.data"):
@@ -71,16 +78,24 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
             on_device=on_cpu,
         )
         execution = planner.plan()
+        scale = begin(clip.model, spec.loss)
     with tracer().start_as_current_span("prepare.measure"):
         # Another device is left alone: another job may be at work there.
         step_s = _try_out(spec, dataset, clip, decisions, execution) if on_cpu else 0.0
     for remark in decisions.remarks:
         reporter.notice(remark.code, remark.message, warning=remark.warning)
-    reporter.plan(_plan(spec, dataset, clip, decisions, execution, step_s))
+    reporter.plan(_plan(layers, spec, dataset, clip, decisions, execution, scale, step_s))
 
 
 def _plan(
-    spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, execution: Execution, step_s: float
+    layers: Layered,
+    spec: Spec,
+    dataset: Dataset,
+    clip: Clip,
+    decisions: Decisions,
+    execution: Execution,
+    scale: Choice,
+    step_s: float,
 ) -> job_pb2.JobPlan:
     """`step_s` is of a whole batch on the CPU."""
     plan = execution.plan
@@ -108,13 +123,14 @@ def _plan(
         estimated_seconds=seconds,
         decisions=[
             job_pb2.Decision(subject=choice.subject, choice=choice.value, reason=choice.reason)
-            for choice in (*decisions.choices, *execution.choices)
+            for choice in (*domain_choices(layers), *decisions.choices, *execution.choices, scale)
         ],
         bad_rows=len(dataset.bad),
         micro_batch_size=plan.micro_batch_size,
         attention=plan.attention,
         checkpointing=plan.checkpointing,
         memory_budget_bytes=plan.budget_bytes,
+        spec=spec_as_run(layers, decisions, precision=execution.precision),
     )
 
 
@@ -123,9 +139,17 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, exe
     away."""
     pairs = min(decisions.batch_size, execution.plan.micro_batch_size, _TIMED_PAIRS)
     scale = decisions.batch_size / pairs
-    optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=spec.train.weight_decay)
+    objective = execution.objective(spec.loss, clip.similarity)
+    teacher = StartingModel(deepcopy(clip)) if TEACHER in spec.loss.needs else None
+    hold(clip.model, spec.loss)
+    optimizer = build_optimizer(
+        clip.model,
+        learning_rate=1e-6,
+        weight_decay=spec.train.weight_decay,
+        beside={"similarity": clip.similarity, "loss": objective},
+    )
     precision = Precision(execution.precision, clip.device)
-    step = Step(clip, execution.loss(spec.loss), optimizer, precision, clip_norm=spec.train.clip_norm)
+    step = Step(clip, objective, optimizer, precision, clip_norm=spec.train.clip_norm, teacher=teacher)
     clip.model.train()
     with Loader(
         dataset.train,
@@ -133,6 +157,7 @@ def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, exe
         augmentation=spec.data.augment,
         batch_size=pairs,
         seed=spec.train.seed,
+        needs=spec.loss.needs,
         max_bad=len(dataset.train),
     ) as loader:
         first, second = loader.batches(0, 2) if loader.steps_per_epoch > 1 else [*loader.batches(0, 1)] * 2

@@ -25,6 +25,7 @@ from cliptune_trainer.execution import Execution
 from cliptune_trainer.hold import Ending
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.loop import Training
+from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.planning import Planner
 from cliptune_trainer.spec import Spec
@@ -48,7 +49,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     clip, state = found or (build(spec.model, device=device, seed=spec.train.seed), None)
     # The order of additions depends on the number of threads: a resumed run keeps the first one's.
     _make_repeatable(device, int(state.counters["threads"] if state else hardware.threads.value))
-    decisions = decide(spec, hardware, dataset, clip)
+    decisions = decide(spec, hardware, dataset, clip, resumed=state is not None)
     if known is None:
         for remark in decisions.remarks:
             reporter.notice(remark.code, remark.message, warning=remark.warning)
@@ -64,6 +65,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         f" ({execution.plan.source}), attention {execution.plan.attention}, checkpointing"
         f" {'on' if execution.plan.checkpointing else 'off'}"
     )
+    taught = TEACHER in spec.loss.needs
     training = Training(
         job=job,
         spec=spec,
@@ -75,6 +77,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         reporter=reporter,
         inbox=inbox,
         linked=linked,
+        teacher=build(spec.model, device=device, seed=spec.train.seed) if taught else None,
     )
     return training.run()
 

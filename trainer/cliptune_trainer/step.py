@@ -24,12 +24,13 @@ from cliptune_model.clip import Clip
 from cliptune_trainer.accumulation import accumulate, contrastive_loss
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import Loss
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.out_of_memory import is_out_of_memory
 from cliptune_trainer.nan_guard import Culprit, NanGuard
-from cliptune_trainer.optim import clamp_logit_scale, set_learning_rate
+from cliptune_trainer.optim import set_learning_rate
 from cliptune_trainer.precision import LossScaler, Precision
 from cliptune_trainer.replay import RandomState
+from cliptune_trainer.teacher import StartingModel
 
 __all__ = ["Step", "StepInFlight", "StepOutOfMemoryError", "StepResult", "contrastive_loss"]
 
@@ -92,17 +93,18 @@ class StepInFlight:
 
 
 class Step:
-    """Binds model, loss and optimizer; call it once for each batch. The model must be in training mode.
+    """Binds model, objective and optimizer; call it once for each batch. The model must be in training mode.
 
     Args:
         clip: the model, with fp32 weights.
-        loss: over all pairs of a batch.
-        optimizer: of the model's trained parameters.
+        objective: over all pairs of a batch, on the model's device.
+        optimizer: of all that is trained, the objective's own parameters and the similarity's included.
         precision: of the towers.
         clip_norm: to which longer gradients are shortened; 0: they are not.
         micro_batch_size: pairs that go through the towers at once; None: the batch, whatever its size.
         texts_per_image: texts that go through their tower at once for each image that does.
         batch_norms: what batch normalisation does with its statistics; None: as torch does it.
+        teacher: for objectives that need the starting model.
 
     Attributes:
         micro_batch_size: may be changed between steps, and after a `StepOutOfMemoryError`.
@@ -111,7 +113,7 @@ class Step:
     def __init__(
         self,
         clip: Clip,
-        loss: Loss,
+        objective: Objective,
         optimizer: AdamW,
         precision: Precision,
         *,
@@ -119,8 +121,10 @@ class Step:
         micro_batch_size: int | None = None,
         texts_per_image: int = 1,
         batch_norms: BatchNorms | None = None,
+        teacher: StartingModel | None = None,
     ) -> None:
-        self._clip, self._loss, self._optimizer, self._precision = clip, loss, optimizer, precision
+        self._clip, self._objective, self._optimizer, self._precision = clip, objective, optimizer, precision
+        self._teacher = teacher
         self._max_norm = clip_norm or math.inf
         self._texts_per_image = texts_per_image
         self._batch_norms = batch_norms or BatchNorms(clip.model)
@@ -157,7 +161,7 @@ class Step:
         with torch.no_grad():
             norm, bad = self._judge(loss, scale)
             self._update(norm, bad, scale)
-            clamp_logit_scale(self._clip.model)
+            self._objective.constrain(self._clip)
             self._batch_norms.restore(statistics, where=bad)
             if scaler is not None:
                 scaler.update(bad)
@@ -198,12 +202,13 @@ class Step:
         self._allocate_optimizer_state()
         return accumulate(
             self._clip,
-            self._loss,
+            self._objective,
             self._precision,
             batch,
             size,
             texts_per_image=self._texts_per_image,
             batch_norms=self._batch_norms,
+            teacher=self._teacher,
         )
 
     def _allocate_optimizer_state(self) -> None:

@@ -20,24 +20,28 @@ from cliptune.errors import OverloadedError
 from cliptune_model.attention import install
 from cliptune_model.clip import Clip
 from cliptune_model.compiled import compile_towers
-from cliptune_trainer.accumulation import parts_of
+from cliptune_model.lean import make_lean
 from cliptune_trainer.batch_norm import FROZEN, BatchNorms, choose_batch_norm
 from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.execution import Execution
+from cliptune_trainer.losses.temperature import hold
 from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.memory.micro_batch import MicroBatch
 from cliptune_trainer.memory.plan import gib
 from cliptune_trainer.memory.pressure import Pressure
 from cliptune_trainer.optim import build_optimizer, load_state_tensors, state_tensors
+from cliptune_trainer.parts import parts_of
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
+from cliptune_trainer.teacher import StartingModel
 
 _log = logging.getLogger(__name__)
 # A micro-batch whose activations take less than this is no help to anybody who is short of memory.
 _WORTH_YIELDING_BYTES: Final = 256 << 20
+_OBJECTIVE: Final = "objective:"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +62,7 @@ class Stepper:
         batch_size: pairs of a step.
         learning_rate: of the first step.
         reporter: takes notices.
+        teacher: the model as training began, for objectives that need it; of the same device.
     """
 
     def __init__(
@@ -69,17 +74,21 @@ class Stepper:
         batch_size: int,
         learning_rate: float,
         reporter: Reporter,
+        teacher: Clip | None = None,
     ) -> None:
         self._clip, self._execution, self._reporter = clip, execution, reporter
         plan = execution.plan
         limit_process(clip.device, plan.budget_bytes)
         self.precision = Precision(execution.precision, clip.device)
+        self._objective = execution.objective(spec.loss, clip.similarity).to(clip.device)
+        hold(clip.model, spec.loss)
         self._optimizer = build_optimizer(
             clip.model,
             learning_rate=learning_rate,
             weight_decay=spec.train.weight_decay,
             scaled=self.precision.scaler is not None,
             fused=execution.policy.fuses,
+            beside={"similarity": clip.similarity, "loss": self._objective},
         )
         install(clip.model, plan.attention_plan)
         if plan.checkpointing:
@@ -106,12 +115,13 @@ class Stepper:
         self._pair_bytes = max(0, plan.estimated_bytes - kept_bytes) // plan.micro_batch_size
         self._take_step = Step(
             clip,
-            execution.loss(spec.loss),
+            self._objective,
             self._optimizer,
             self.precision,
             clip_norm=spec.train.clip_norm,
             micro_batch_size=plan.micro_batch_size,
             batch_norms=BatchNorms(clip.model, frozen=norms.value == FROZEN),
+            teacher=None if teacher is None else _as_planned(teacher, execution),
         )
 
     @property
@@ -182,14 +192,30 @@ class Stepper:
             },
             tensors={
                 name: tensor.detach().cpu().contiguous()
-                for name, tensor in state_tensors(self._optimizer).items()
+                for name, tensor in (
+                    *state_tensors(self._optimizer).items(),
+                    *((_OBJECTIVE + name, one) for name, one in self._objective.state_dict().items()),
+                )
             },
         )
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `state`."""
-        load_state_tensors(self._optimizer, tensors)
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(_OBJECTIVE)}
+        self._objective.load_state_dict(
+            {name.removeprefix(_OBJECTIVE): tensor for name, tensor in own.items()}
+        )
+        load_state_tensors(
+            self._optimizer, {name: tensor for name, tensor in tensors.items() if name not in own}
+        )
         if self.precision.scaler is not None and values["scaler"] is not None:
             self.precision.scaler.load_state_dict(values["scaler"])
         if "micro_batch" in values:
             self._micro_batch = MicroBatch.of(values["micro_batch"])
+
+
+def _as_planned(teacher: Clip, execution: Execution) -> StartingModel:
+    """The teacher, computed as the student is."""
+    make_lean(teacher, execution.lean)
+    install(teacher.model, execution.plan.attention_plan)
+    return StartingModel(teacher)

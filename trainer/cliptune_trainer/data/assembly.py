@@ -24,10 +24,13 @@ from torch import Tensor
 from cliptune.errors import CliptuneError, DataError
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Bytes4, Decoder, Pixels, reason
+from cliptune_trainer.data.hard_captions import HardCaptions
+from cliptune_trainer.data.labels import Labels
 from cliptune_trainer.data.pools import Chunk, Pool, Threads
 from cliptune_trainer.data.source import Request
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.data.transfer import Carrier, Transfer
+from cliptune_trainer.losses.contrast import NO_CAPTION
 
 # Draws come from streams of their own; see also `augment`.
 _CAPTION_STREAM: Final = 16
@@ -44,6 +47,8 @@ class Recipe:
     tokenize: Callable[[Sequence[str]], Tensor]
     batch_size: int
     seed: int
+    labels: Labels | None = None
+    hard_captions: HardCaptions | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -57,7 +62,8 @@ class Assembled:
 
     Attributes:
         step: that it is for.
-        transfer: of pixels, tokens, image ids, caption ids, and mixes of colours if there are any.
+        transfer: of pixels, tokens, image ids, caption ids, and of what `further` names.
+        further: "mixes" of colours, "labels", "negative_tokens" and "negative_ids", where there are any.
         bad: rows whose image cannot be read, and why, in the order in which that was found.
         error: no stand-in was found.
         workers_lost: the pool's processes died.
@@ -65,6 +71,7 @@ class Assembled:
 
     step: int
     transfer: Transfer
+    further: tuple[str, ...]
     bad: tuple[tuple[Pair, str], ...]
     error: DataError | None
     workers_lost: bool
@@ -102,20 +109,40 @@ class Assembly:
         bad, error = self._collect(pixels_BHW3.numpy(), places, epoch)
         self._top_up()
         pairs = recipe.pairs
+        captions = self._captions(epoch, places)
+        tokens_BL, further = self._texts(captions, places, epoch)
         tensors = [
             pixels_BHW3,
-            recipe.tokenize(self._captions(epoch, places)),
+            tokens_BL,
             torch.from_numpy(pairs.image_ids[places]),
             torch.from_numpy(pairs.caption_ids[places]),
         ]
         augmentation = recipe.decoder.augmentation
         if augmentation.colours:
             rows = [pairs.pairs[place].row for place in places]
-            tensors.append(torch.from_numpy(augmentation.mixes(recipe.seed, epoch, rows)))
+            further["mixes"] = torch.from_numpy(augmentation.mixes(recipe.seed, epoch, rows))
+        if recipe.labels is not None:
+            further["labels"] = recipe.labels.multi_hot(places)
         lost, self._workers_lost = self._workers_lost, False
         return Assembled(
-            step=step, transfer=self._carrier.begin(tensors), bad=bad, error=error, workers_lost=lost
+            step=step,
+            transfer=self._carrier.begin([*tensors, *further.values()]),
+            further=tuple(further),
+            bad=bad,
+            error=error,
+            workers_lost=lost,
         )
+
+    def _texts(self, captions: list[str], places: list[int], epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Tokens of the captions, and of wrong ones in the same length if there shall be some."""
+        hard, count = self._recipe.hard_captions, len(captions)
+        if hard is None:
+            return self._recipe.tokenize(captions), {}
+        drawn = [hard.draw(caption, epoch, place) for caption, place in zip(captions, places, strict=True)]
+        wrong = [caption if other is None else other for caption, other in zip(captions, drawn, strict=True)]
+        tokens_NL = self._recipe.tokenize([*captions, *wrong])
+        ids = [NO_CAPTION if other is None else hard.id_of(other) for other in drawn]
+        return tokens_NL[:count], {"negative_tokens": tokens_NL[count:], "negative_ids": torch.tensor(ids)}
 
     def stop(self) -> None:
         """Lets a call that is under way end soon, with `CancelledError`. From any thread."""

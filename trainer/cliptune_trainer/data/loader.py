@@ -10,7 +10,7 @@ B: pairs in a batch, L: tokens, H, W: image height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Self
@@ -23,10 +23,13 @@ from cliptune_trainer.data.assembly import Assembled, Assembly, Recipe
 from cliptune_trainer.data.augment import NONE, Augmentation
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder
+from cliptune_trainer.data.hard_captions import HardCaptions
 from cliptune_trainer.data.images import Images, Normalisation
+from cliptune_trainer.data.labels import Labels
 from cliptune_trainer.data.pools import Pool, open_pool
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.data.transfer import Carrier
+from cliptune_trainer.losses.entry import LABELS, NEGATIVE_CAPTIONS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,9 @@ class Batch:
     tokens_BL: Tensor  # int64; L: the shortest of a few lengths that holds the batch's texts
     image_ids_B: Tensor  # int64
     caption_ids_B: Tensor  # int64
+    labels_BC: Tensor | None = None  # float32: 1 where a row bears a label
+    negative_tokens_BL: Tensor | None = None  # int64: captions that are nearly right
+    negative_ids_B: Tensor | None = None  # int64: their caption ids; see `losses.Contrast`
 
 
 class Loader:
@@ -55,6 +61,7 @@ class Loader:
         seed: of order, augmentation and stand-ins.
         augmentation: changes to images, drawn anew in each epoch.
         exact: decode as open_clip's evaluation transform does, to the bit; otherwise quicker (`Decoder`).
+        needs: of the loss: "labels" and "negative_captions" are brought with each batch.
         workers: decoding processes; 0: threads of this one.
         max_bad: rows that may go bad while training.
         bad_rows: rows that had gone bad before a resume.
@@ -71,6 +78,7 @@ class Loader:
         seed: int,
         augmentation: Augmentation = NONE,
         exact: bool = True,
+        needs: Collection[str] = (),
         workers: int = 0,
         max_bad: int = 0,
         bad_rows: Sequence[int] = (),
@@ -89,6 +97,8 @@ class Loader:
             tokenize=clip.tokenize_trimmed,
             batch_size=batch_size,
             seed=seed,
+            labels=Labels.of(pairs) if LABELS in needs else None,
+            hard_captions=HardCaptions.of(pairs, seed) if NEGATIVE_CAPTIONS in needs else None,
         )
         self._normalisation = Normalisation.of(clip.preprocess_config, clip.device)
         self._carrier = Carrier(clip.device)
@@ -144,14 +154,18 @@ class Loader:
         if assembled.error is not None:
             raise assembled.error
         epoch, index = divmod(assembled.step, self.steps_per_epoch)
-        pixels_BHW3, tokens_BL, image_ids_B, caption_ids_B, *mixes = assembled.transfer.arrive()
+        pixels_BHW3, tokens_BL, image_ids_B, caption_ids_B, *more = assembled.transfer.arrive()
+        further = dict(zip(assembled.further, more, strict=True))
         return Batch(
             epoch=epoch,
             index=index,
-            images_B3HW=Images(pixels_BHW3, self._normalisation, mixes[0] if mixes else None),
+            images_B3HW=Images(pixels_BHW3, self._normalisation, further.get("mixes")),
             tokens_BL=tokens_BL,
             image_ids_B=image_ids_B,
             caption_ids_B=caption_ids_B,
+            labels_BC=further.get("labels"),
+            negative_tokens_BL=further.get("negative_tokens"),
+            negative_ids_B=further.get("negative_ids"),
         )
 
     def _count_bad(self, pair: Pair, reason: str) -> None:

@@ -13,20 +13,19 @@ import torch
 
 from cliptune.errors import SpecError
 from cliptune_model.choice import Choice
+from cliptune_trainer.losses.catalog import LOSSES
 
 TILINGS: Final = ("auto", "on", "off")
 WHOLE: Final = "off"
 """The value of a `Choice` for the whole table; otherwise it is the side of a tile."""
 
-# fp32 numbers a pair that the whole table takes at its peak: logits, what autograd keeps, and the gradient.
-_WHOLE_COPIES: Final = {"infonce": 6, "sigmoid": 6, "multi_positive": 7}
-# The same of a tile: logits, copies that are worked on, the gradient.
+# fp32 numbers a pair that a tile takes at its peak: logits, copies that are worked on, the gradient.
 _TILE_COPIES: Final = {"infonce": 3, "sigmoid": 3, "multi_positive": 4}
 _FP32_BYTES: Final = 4
 # Up to here the whole table is no burden, and the second pass over tiles would only cost time.
 _SMALL_BYTES: Final = 1 << 30
 # From this many summands on, products on Apple's M1 and M2 read past their operands (pytorch#193487).
-_LONG_SUM: Final = 32_767
+LONG_SUM: Final = 32_767
 # On an accelerator a tile is large enough to keep it busy, on the CPU small enough for its cache.
 _LARGEST_BLOCK: Final = {"cuda": 8192, "mps": 4096, "cpu": 2048}
 _SMALLEST_BLOCK: Final = 256
@@ -52,18 +51,18 @@ def choose_tiling(
         SpecError: "off" is wanted where the whole table would give wrong sums.
     """
     kind = torch.device(device).type
-    whole_bytes = _WHOLE_COPIES[name] * _FP32_BYTES * n * n
+    whole_bytes = LOSSES[name].tables * _FP32_BYTES * n * n
     block = largest_block(name, n, kind, budget_bytes)
     gib = f"{whole_bytes / 2**30:.3g} GiB"
-    if kind == "mps" and n >= _LONG_SUM:
+    if kind == "mps" and n >= LONG_SUM:
         if wanted == "off":
             raise SpecError(
-                f"loss.tiling is 'off', but Apple's M1 and M2 sum wrongly over {_LONG_SUM} pairs or more, and"
+                f"loss.tiling is 'off', but Apple's M1 and M2 sum wrongly over {LONG_SUM} pairs or more, and"
                 f" train.batch_size is {n}; allowed: auto, on",
                 path="loss.tiling",
                 allowed="auto, on",
             )
-        reason = f"Apple's M1 and M2 sum wrongly over {_LONG_SUM} pairs or more: at most {block} at a time"
+        reason = f"Apple's M1 and M2 sum wrongly over {LONG_SUM} pairs or more: at most {block} at a time"
         return Choice(subject="loss tiling", value=str(block), reason=reason)
     if wanted == "off":
         return Choice(subject="loss tiling", value=WHOLE, reason=f"asked for; it takes about {gib}")
@@ -91,7 +90,7 @@ def largest_block(name: str, n: int, kind: str, budget_bytes: int | None = None)
 def loss_bytes(name: str, n: int, dim: int, tiling: Choice) -> int:
     """Bytes that a loss takes at its peak, the features themselves not counted."""
     if tiling.value == WHOLE:
-        return (_WHOLE_COPIES[name] * n + 4 * dim + 16) * n * _FP32_BYTES
+        return (LOSSES[name].tables * n + 4 * dim + 16) * n * _FP32_BYTES
     block = min(int(tiling.value), n)
     # Beside tiles: features in the products' format, sums of gradients, gradients; and some vectors.
     return (_TILE_COPIES[name] * block * block + (6 * dim + 16) * n) * _FP32_BYTES

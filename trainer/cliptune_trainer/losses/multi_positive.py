@@ -1,7 +1,7 @@
-"""A contrastive loss in which rows with one caption, or one image, are positives of each other.
+"""A contrastive loss in which rows with one caption, one image or one label are positives of each other.
 
 With few distinct captions InfoNCE pushes apart pairs that belong together; here they share the target
-instead. N: pairs in the batch, D: embedding dimension.
+instead.
 """
 
 from __future__ import annotations
@@ -9,33 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cliptune_trainer.losses.identities import Identities
-from cliptune_trainer.losses.infonce import widened
+from cliptune_trainer.losses.contrast import Contrast
 
 
-def multi_positive(
-    image_ND: Tensor,
-    text_ND: Tensor,
-    logit_scale: Tensor,
-    logit_bias: Tensor | None,
-    identities: Identities,
-) -> Tensor:
+def multi_positive(contrast: Contrast, *, labels: float = 0.0) -> Tensor:
     """Mean over rows of the mean negative log-likelihood of the row's positives, in both directions.
 
     Khosla et al. 2020 (SupCon), Eq. 2 (the sum over positives outside the logarithm), between the two towers
-    as in Yang et al. 2022 (UniCL). Without repeats it equals InfoNCE.
+    as in Yang et al. 2022 (UniCL), Eq. 3 to 5. Without repeats it equals InfoNCE.
 
     Args:
-        image_ND: image features of unit length.
-        text_ND: text features of unit length; row i belongs to image i.
-        logit_scale: scalar, what similarities are multiplied by.
-        logit_bias: not looked at: a softmax does not change with it.
-        identities: rows with one caption id or one image id are positives of each other.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 features).
+        contrast: the batch; rows with one caption id or one image id are positives of each other.
+        labels: other than 0, rows that share a label are too.
     """
-    logits_NN = widened(logit_scale) * (widened(image_ND) @ widened(text_ND).T)
+    identities = contrast.identities.by_label() if labels else contrast.identities
+    logits_NN = contrast.logits()
     # Symmetric, so one mask serves rows and columns.
     positive_NN = identities.same().to(logits_NN.dtype)
     target_NN = positive_NN / positive_NN.sum(dim=1, keepdim=True)

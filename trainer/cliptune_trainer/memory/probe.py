@@ -23,7 +23,7 @@ from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.losses import Loss
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.out_of_memory import is_out_of_memory
 from cliptune_trainer.memory.plan import Demand, Way, even_parts, passes
 from cliptune_trainer.precision import Precision
@@ -149,16 +149,14 @@ class DeviceProbe:
 
     Args:
         clip: the model, without attention blocks and checkpointing.
-        loss: of the job.
         precision: of the towers.
         text_tokens: length that texts have.
         extra_bytes: what a whole step needs beside one part's activations: features and loss.
     """
 
-    def __init__(
-        self, clip: Clip, loss: Loss, precision: Precision, *, text_tokens: int, extra_bytes: int
-    ) -> None:
-        self._clip, self._loss, self._precision = clip, loss, precision
+    def __init__(self, clip: Clip, precision: Precision, *, text_tokens: int, extra_bytes: int) -> None:
+        # Whatever the job's objective is: what it takes over a whole batch is in `extra_bytes`.
+        self._clip, self._objective, self._precision = clip, Objective(), precision
         self._text_tokens, self._extra_bytes = text_tokens, extra_bytes
 
     def __call__(self, way: Way) -> Measured:
@@ -196,7 +194,7 @@ class DeviceProbe:
         return None
 
     def _part(self, batch: Batch) -> None:
-        accumulate(self._clip, self._loss, self._precision, batch, len(batch.tokens_BL))
+        accumulate(self._clip, self._objective, self._precision, batch, len(batch.tokens_BL))
 
     def _trained(self) -> list[Tensor]:
         return [weight for weight in self._clip.model.parameters() if weight.requires_grad]

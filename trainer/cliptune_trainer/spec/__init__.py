@@ -7,6 +7,7 @@ message has a file of its own here.
 
 from __future__ import annotations
 
+from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.spec.check import wrong
 from cliptune_trainer.spec.checkpoint import CheckpointConfig
 from cliptune_trainer.spec.data import DataConfig
@@ -20,8 +21,10 @@ __all__ = [
     "ClassConfig",
     "DataConfig",
     "EvaluationConfig",
+    "LossConfig",
     "ResourceConfig",
     "Spec",
+    "Term",
     "TrainConfig",
     "check_learning_rate",
     "from_proto",

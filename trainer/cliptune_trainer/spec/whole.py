@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 
 from cliptune.v1 import spec_pb2
 from cliptune_model.source import ModelSource
-from cliptune_trainer.losses import LOSSES, TILINGS
-from cliptune_trainer.spec.check import one_of
+from cliptune_trainer.losses.config import LossConfig
 from cliptune_trainer.spec.checkpoint import CheckpointConfig, checkpoint_config
 from cliptune_trainer.spec.data import DataConfig, data_config
 from cliptune_trainer.spec.evaluation import EvaluationConfig, evaluation_config
+from cliptune_trainer.spec.loss import loss_config
 from cliptune_trainer.spec.model import model_source
 from cliptune_trainer.spec.resources import ResourceConfig, resources_config
 from cliptune_trainer.spec.train import TrainConfig, train_config
+from cliptune_trainer.spec.tune import TuneConfig, tune_config
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,15 +28,13 @@ class Spec:
     model: ModelSource
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
-    loss: str = "infonce"
-    tiling: str = "auto"
+    loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
-
-    def __post_init__(self) -> None:
-        one_of("loss.name", self.loss, tuple(LOSSES))
-        one_of("loss.tiling", self.tiling, TILINGS)
+    publishes: bool = True
+    tune: TuneConfig | None = None
+    """A search: the job is a study."""
 
 
 def from_proto(message: spec_pb2.JobSpec) -> Spec:
@@ -45,9 +44,10 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
         model=model_source(message.model),
         data=data_config(message.data),
         train=train_config(message.train),
-        loss=message.loss.name or "infonce",
-        tiling=message.loss.tiling or "auto",
+        loss=loss_config(message.loss),
         evaluation=evaluation_config(message.evaluation),
         checkpoint=checkpoint_config(message.checkpoint),
         resources=resources_config(message.resources),
+        publishes=not message.publish.skip,
+        tune=tune_config(message.tune) if message.HasField("tune") else None,
     )
