@@ -85,6 +85,8 @@ class Pattern(NamedTuple):
 _AT_LEAST_ONE: Final = Range(1)
 _NAMED: Final = Pattern(_NAME, NAME_RULE)
 _SWITCH: Final = Choice(("auto", "on", "off"))
+# Which there are is known where the job will run: entry points of one's own count.
+_LOSS: Final = Pattern(_OWN, "a name as infonce, or FILE.py:NAME")
 
 # Kinds of images that a recipe is shipped for: `domains/NAME.toml`.
 DOMAINS: Final = ("general", "industrial", "medical", "scientific")
@@ -120,8 +122,12 @@ RULES: Final[dict[str, Rule]] = {
     "train.checkpointing": _SWITCH,
     "train.micro_batch_size": _AT_LEAST_ONE,
     "train.compile": _SWITCH,
-    "loss.name": Choice(("infonce", "sigmoid", "multi_positive")),
+    "loss.name": _LOSS,
     "loss.tiling": _SWITCH,
+    "loss.weighting": Choice(("fixed", "uncertainty")),
+    "loss.temperature": Choice(("learned", "fixed", "global")),
+    "loss.logit_scale": Range(0, 10_000, open_low=True),
+    "loss.max_logit_scale": Range(1, 10_000, open_low=True),
     "evaluation.every_epochs": Range(0),
     "evaluation.batch_size": _AT_LEAST_ONE,
     "evaluation.main_metric": Choice(MAIN_METRICS),
@@ -154,6 +160,7 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
             raise wrong_value(path, value, rule.allowed)
     _check_model(spec.model.name)
     _check_augment(spec.data)
+    _check_loss(spec.loss)
     _check_classes(spec.evaluation.classes)
     _check_prompts(spec.evaluation)
     for index, alias in enumerate(spec.publish.aliases):
@@ -202,6 +209,24 @@ def _check_augment(data: spec_pb2.DataSpec) -> None:
         raise wrong_value(
             "data.augmentation", data.augmentation, "nothing beside data.augment, which says it in full"
         )
+
+
+def _check_loss(loss: spec_pb2.LossSpec) -> None:
+    if loss.terms and (loss.name or loss.parameters):
+        path = "loss.name" if loss.name else "loss.parameters"
+        raise wrong_value(path, loss.name or dict(loss.parameters), "nothing beside loss.terms")
+    for index, term in enumerate(loss.terms):
+        path = f"loss.terms[{index}]"
+        if not _LOSS.holds(term.name):
+            raise wrong_value(f"{path}.name", term.name, _LOSS.allowed)
+        weight = Range(0, 1e6, open_low=True)
+        if term.HasField("weight") and not weight.holds(term.weight):
+            raise wrong_value(f"{path}.weight", term.weight, weight.allowed)
+    before = 0
+    for index, dim in enumerate(loss.matryoshka_dims):
+        if dim <= before:
+            raise wrong_value(f"loss.matryoshka_dims[{index}]", dim, f"> {before}, as they rise")
+        before = dim
 
 
 def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:
