@@ -44,6 +44,7 @@ class Examiner:
     def __call__(self, step: int, occasion: str) -> dict[str, float] | None:
         """The metrics; None when the evaluation gave way to an instruction that ends the attempt."""
         config = self._spec.evaluation
+        resamples = config.bootstrap_samples if occasion == "after" else 0
         with tracer().start_as_current_span("evaluate", attributes={"occasion": occasion, "step": step}):
             try:
                 measured = evaluate(
@@ -53,7 +54,7 @@ class Examiner:
                     batch_size=config.batch_size,
                     several_labels=bool(self._spec.data.label_separator),
                     main_metric=self._decisions.main_metric,
-                    bootstrap_samples=config.bootstrap_samples if occasion == "after" else 0,
+                    bootstrap_samples=resamples,
                     interrupted=self._interrupted,
                 )
             except EvaluationInterrupted:
@@ -63,6 +64,9 @@ class Examiner:
             self._reporter.notice(
                 "images-unreadable", f"{measured.unreadable} validation images cannot be read any more"
             )
+        if resamples and measured.metrics and not measured.intervals:
+            told = "no intervals: the validation rows are of one group or image, and there is nothing to resample"
+            self._reporter.notice("no-intervals", told, warning=False)
         self._reporter.evaluation(step, occasion, measured, pictures)
         return measured.metrics
 
