@@ -22,7 +22,7 @@ from cliptune_trainer.evaluation import EvaluationInterrupted, Interval, evaluat
 from cliptune_trainer.evaluation.bootstrap import intervals
 from cliptune_trainer.evaluation.truth import Truth
 from cliptune_trainer.evaluation.units import Units
-from cliptune_trainer.metrics import Floats, share
+from cliptune_trainer.metrics import Booleans, Floats, share
 from cliptune_trainer.spec import ClassConfig
 
 COLOURS = ("red", "green", "blue")
@@ -292,7 +292,7 @@ def test_an_evaluation_gives_way_when_asked(clip: Clip, tiles: Path) -> None:
     assert not clip.model.training
 
 
-def means(values: Floats, weights: Floats) -> dict[str, Floats]:
+def means(values: Booleans | Floats, weights: Floats) -> dict[str, Floats]:
     return {"mean": share(values, weights)}
 
 

@@ -65,7 +65,7 @@ class Examiner:
                 "images-unreadable", f"{measured.unreadable} validation images cannot be read any more"
             )
         if resamples and measured.metrics and not measured.intervals:
-            told = "no intervals: the validation rows are of one group or image, and there is nothing to resample"
+            told = "no intervals: all validation rows are of one group or image, which is not to be resampled"
             self._reporter.notice("no-intervals", told, warning=False)
         self._reporter.evaluation(step, occasion, measured, pictures)
         return measured.metrics
