@@ -26,6 +26,9 @@ _STATES: Final = {
     if value.number
 }
 
+# A later evaluation of the same step draws it anew.
+_PICTURE_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
 
 class CreateJob(BaseModel):
     """What to fine-tune."""
@@ -116,6 +119,24 @@ async def list_jobs(
 async def get_job(request: Request, job_id: JobId) -> Response:
     """The job as it is now."""
     return JSONResponse(json_form(await context_of(request).jobs.get(job_id)))
+
+
+@router.get(
+    "/{job_id}/pictures/{name}",
+    summary="A picture of an evaluation",
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}, "description": "A PNG."}, **problems(404)},
+)
+async def job_picture(
+    request: Request,
+    job_id: JobId,
+    name: Annotated[
+        str, Path(description="As `evaluation.pictures` has it.", examples=["confusion-00000120.png"])
+    ],
+) -> Response:
+    """The confusion matrix after training or a requested evaluation."""
+    content = await context_of(request).jobs.picture(job_id, name)
+    return Response(content, media_type="image/png", headers=_PICTURE_HEADERS)
 
 
 @router.delete("/{job_id}", summary="Delete a job", status_code=204, responses=problems(404, 409))

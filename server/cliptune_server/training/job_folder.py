@@ -10,7 +10,7 @@ thread.
     journal/        0000.jsonl preparation, 0001.jsonl first attempt …, written by the trainer only
     trainer.lock    flock held by the living trainer; its JSON tells which launch that is
     trainer.log     what the trainer printed
-    checkpoints/    export/
+    checkpoints/    export/    pictures/
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -34,6 +35,7 @@ from cliptune_server.home import write_json
 
 _LOG_END_BYTES: Final = 4_000
 _LOG_END_LINES: Final = 20
+_PICTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.png")
 
 
 class CorruptJobError(Exception):
@@ -101,6 +103,17 @@ class JobFolder:
     def export_path(self, relative: str) -> Path:
         """The exported model, named by the trainer relative to the folder."""
         return self.root / (relative or "export")
+
+    def picture(self, name: str) -> bytes | None:
+        """A PNG that the trainer drew. None: there is none of this name."""
+        if not _PICTURE.fullmatch(name):
+            return None
+        try:
+            descriptor = os.open(self.root / "pictures" / name, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:  # gone, or a link, which the trainer never makes
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read()
 
     @classmethod
     def create(cls, jobs_dir: Path, header: JobHeader, spec: spec_pb2.JobSpec) -> JobFolder:

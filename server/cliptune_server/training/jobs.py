@@ -24,6 +24,7 @@ from cliptune.errors import (
     DiskFullError,
     JobNotFoundError,
     JobStateError,
+    NotFoundError,
     UnavailableError,
     from_detail,
 )
@@ -165,6 +166,15 @@ class Jobs:
         if message is None:
             raise JobNotFoundError(f"there is no job {job_id!r}", job_id=job_id)
         return message
+
+    async def picture(self, job_id: str, name: str) -> bytes:
+        """A PNG of one of the job's evaluations. `JobNotFoundError`, `NotFoundError`."""
+        await self.get(job_id)
+        folder = JobFolder(self._home.jobs_dir / job_id)
+        content = await asyncio.get_running_loop().run_in_executor(self._threads, folder.picture, name)
+        if content is None:
+            raise NotFoundError(f"the job {job_id!r} has no picture {name!r}")
+        return content
 
     async def list(self, request: training_pb2.ListJobsRequest) -> training_pb2.ListJobsResponse:
         """A page of jobs, newest first."""
