@@ -18,19 +18,17 @@ from cliptune_model.machine.device import choose_proven_device, choose_threads
 from cliptune_model.machine.hardware import Machine, detect
 from cliptune_model.machine.proofs import Proofs
 from cliptune_model.machine.rules import choose_precision
+from cliptune_trainer.cautions import settings_to_mind
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.remarks import about_data
 from cliptune_trainer.evaluation.classes import decide_judging
+from cliptune_trainer.learning_rate import choose_learning_rate
 from cliptune_trainer.loss_needs import check_loss
 from cliptune_trainer.remark import Remark
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
 USUAL_BATCH_SIZE: Final = 64
-PRETRAINED_LEARNING_RATE: Final = 1e-5
-RANDOM_LEARNING_RATE: Final = 5e-4
-# From here on a pretrained model mostly forgets what it knew.
-FORGETTING_LEARNING_RATE: Final = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +76,14 @@ def decide_hardware(spec: Spec, home: Path | None) -> Hardware:
     )
 
 
-def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Decisions:
-    """Settles the rest.
+def decide(
+    spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip, *, resumed: bool = False
+) -> Decisions:
+    """Settles the rest. `resumed`: the model is no longer the one that training started from.
 
     Raises:
-        SpecError: a batch of more rows than there are, or no label of the data is among the spec's classes.
+        SpecError: a batch of more rows than there are, no label of the data is among the spec's classes, or a
+            learning rate at which nothing of the weights is left.
         DataError: fewer than two rows to train on.
     """
     remarks = about_data(dataset, clip)
@@ -99,18 +100,19 @@ def decide(spec: Spec, hardware: Hardware, dataset: Dataset, clip: Clip) -> Deci
     decode = choose_decode(spec.data.decode, hardware.device.value)
     choices += [workers, decode]
 
+    usual = choose_learning_rate(clip, rows=rows, total_steps=total_steps)
     learning_rate = spec.train.learning_rate
     if learning_rate is None:
-        learning_rate = PRETRAINED_LEARNING_RATE if clip.pretrained else RANDOM_LEARNING_RATE
-        reason = "the weights are pretrained" if clip.pretrained else "the weights are random"
-        choices.append(Choice(subject="learning_rate", value=f"{learning_rate:g}", reason=reason))
-    elif clip.pretrained and learning_rate >= FORGETTING_LEARNING_RATE:
-        remarks.append(
-            Remark(
-                code="learning-rate-high",
-                message=f"train.learning_rate = {learning_rate:g} is a rate for random weights: pretrained"
-                f" ones mostly forget what they know at it; {PRETRAINED_LEARNING_RATE:g} is the usual one",
-            )
+        learning_rate = float(usual.value)
+        choices.append(usual)
+    if not resumed:
+        remarks += settings_to_mind(
+            spec,
+            clip,
+            dataset.train,
+            learning_rate=learning_rate,
+            usual=float(usual.value),
+            total_steps=total_steps,
         )
     remarks += check_loss(spec, dataset.train, clip)
     captions = len(set(dataset.train.caption_ids.tolist()))

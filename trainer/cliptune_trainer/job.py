@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from google.protobuf import json_format
 
+from cliptune.domains import Layered, layered
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
 
@@ -34,17 +35,25 @@ class JobFolder:
             return str(json.loads(described.read_text(encoding="utf-8")).get("id") or self.path.name)
         return self.path.name
 
-    def spec(self) -> Spec:
-        """The job's spec, checked. Raises `SpecError`."""
-        from cliptune_trainer.spec import from_proto  # brings torch: not at the process's start
-
+    def message(self) -> spec_pb2.JobSpec:
+        """The job's spec as it was submitted. Raises `SpecError`."""
         try:
             text = (self.path / "spec.json").read_text(encoding="utf-8")
-            return from_proto(json_format.Parse(text, spec_pb2.JobSpec()))
+            return json_format.Parse(text, spec_pb2.JobSpec())
         except OSError as error:
             raise SpecError(f"{self.path} has no spec: {error}", path="spec.json") from error
         except json_format.ParseError as error:
             raise SpecError(f"the spec cannot be read: {error}", path="spec.json") from error
+
+    def layers(self) -> Layered:
+        """The job's spec over its domain's recipe over the defaults. Raises `SpecError`."""
+        return layered(self.message())
+
+    def spec(self) -> Spec:
+        """The whole of it, checked. Raises `SpecError`."""
+        from cliptune_trainer.spec import from_proto  # brings torch: not at the process's start
+
+        return from_proto(self.layers().spec)
 
     @property
     def home(self) -> Path | None:
@@ -69,6 +78,11 @@ class JobFolder:
     def pictures(self) -> Path:
         """Folder of what evaluations drew."""
         return self.path / "pictures"
+
+    @property
+    def study(self) -> Path:
+        """Folder of a study: what varies, what was tried, the best."""
+        return self.path / "study"
 
     @property
     def learning_rates(self) -> Path:
