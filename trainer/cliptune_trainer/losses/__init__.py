@@ -17,6 +17,7 @@ from cliptune_trainer.losses.choice import TILINGS, WHOLE, choose_tiling, larges
 from cliptune_trainer.losses.contrast import Contrast, Loss, Teacher
 from cliptune_trainer.losses.entry import LossEntry, Parameter
 from cliptune_trainer.losses.identities import Identities
+from cliptune_trainer.losses.own import declares
 
 __all__ = [
     "LOSSES",
@@ -29,6 +30,7 @@ __all__ = [
     "Parameter",
     "Teacher",
     "choose_tiling",
+    "declares",
     "largest_block",
     "loss_bytes",
     "loss_for",

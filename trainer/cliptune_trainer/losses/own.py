@@ -17,6 +17,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from cliptune.errors import SpecError
@@ -98,7 +99,6 @@ def own_loss(name: str, path: str) -> OwnCode | None:
     return own_code.find(GROUP, name, path=path)
 
 
-@functools.cache
 def own_entry(name: str, path: str) -> LossEntry | None:
     """A user's own loss as an entry; None: nobody brings it. The same one for as long as the process lives.
 
@@ -106,6 +106,11 @@ def own_entry(name: str, path: str) -> LossEntry | None:
         SpecError: the code does not load, or is no loss by its signature or declaration.
         PathOutsideRootsError: a file whose code may not be run.
     """
+    return _entry(name, path, own_code.code_folders())
+
+
+@functools.cache
+def _entry(name: str, path: str, folders: tuple[Path, ...]) -> LossEntry | None:
     own = own_loss(name, path)
     if own is None:
         return None
