@@ -1,7 +1,7 @@
 """The similarity that a model is built with: the spec's, else that of its manifest, else the cosine.
 
 Enters: a `ModelSource`, whose folder may hold a manifest and what a similarity has learned. Leaves: a
-`Similarity` on the CPU. Called by `clip.build`.
+`Similarity` on the CPU. Called by `clip.build`; the plan tells of it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cliptune.errors import CliptuneError, ConflictError, InvalidInputError
+from cliptune_model.choice import Choice
 from cliptune_model.manifest import MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
 from cliptune_model.similarity import DEFAULT, SIMILARITIES, Similarity, similarity_for
 from cliptune_model.source import LOCAL_DIR, ModelSource
@@ -40,6 +41,15 @@ def build_similarity(source: ModelSource, dim: int) -> Similarity:
     if similarity.name == manifest.similarity and not source.similarity_parameters:
         _take_over(similarity, folder, manifest)
     return similarity
+
+
+def tell_similarity(source: ModelSource, similarity: Similarity) -> Choice:
+    """By what a model is compared, and why."""
+    values = ", ".join(f"{name} {value:.4g}" for name, value in similarity.values().items())
+    reason = "asked for" if source.similarity else "the model's own"
+    return Choice(
+        subject="similarity", value=similarity.name, reason=f"{reason}; {values}" if values else reason
+    )
 
 
 def _as_trained(folder: Path, manifest: Manifest, dim: int, parameters: Mapping[str, float]) -> Similarity:

@@ -62,9 +62,9 @@ def test_the_similarities_of_cliptune_keep_the_promises_of_users_similarities(na
 
 def test_the_guides_own_loss_and_similarity_keep_their_promises(code: Path) -> None:
     told = own("focal.py:focal", "heavy_tailed.py:HeavyTailed", gamma=1.5)
-    assert f"similarity {code / 'heavy_tailed.py'}:HeavyTailed: " in told
+    assert f"own similarity {code / 'heavy_tailed.py'}:HeavyTailed: " in told
     assert "learns log_degrees" in told
-    assert "loss focal.py:focal: " in told
+    assert "own loss focal.py:focal: " in told
     assert "exact in parts (to " in told
 
 

@@ -30,7 +30,7 @@ def try_own_code(loss: LossConfig, similarity: Similarity) -> list[Choice]:
     if similarity.name not in SIMILARITIES:
         own = own_code.find(GROUP, similarity.name, path="model.similarity")
         origin = own.origin if own else "made by hand"
-        choices.append(try_similarity(similarity).choice("similarity", origin))
+        choices.append(try_similarity(similarity).choice("own similarity", origin))
     for term in loss.terms:
         if term.name not in LOSSES:
             own = own_loss(term.name, f"{term.path}.name")
@@ -43,5 +43,5 @@ def try_own_code(loss: LossConfig, similarity: Similarity) -> list[Choice]:
                 path=f"{term.path}.name",
                 reference=term.name,
             )
-            choices.append(report.choice("loss", origin))
+            choices.append(report.choice("own loss", origin))
     return choices
