@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,9 @@ from cliptune.errors import OverloadedError
 from cliptune.tracing import tracer
 from cliptune.v1 import job_pb2
 from cliptune_model.choice import Choice
+from cliptune_model.chosen_similarity import tell_similarity
 from cliptune_model.clip import Clip, build
+from cliptune_trainer.contract import try_own_code
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -65,6 +68,8 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
     with tracer().start_as_current_span("prepare.model"):
         clip = build(spec.model, seed=spec.train.seed)
         decisions = decide(spec, hardware, dataset, clip)
+        told = (tell_similarity(spec.model, clip.similarity), *try_own_code(spec.loss, clip.similarity))
+        decisions = replace(decisions, choices=(*decisions.choices, *told))
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"
         planner = Planner(
