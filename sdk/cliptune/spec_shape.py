@@ -23,6 +23,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 NAME_RULE: Final = "a letter or digit, then at most 63 letters, digits, '-', '_' or '.'"
 # Of cliptune, of an entry point, or in a file: which there are the trainer knows.
 _OWN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}|[^\0]{1,4096}\.py:[A-Za-z_]\w{0,127}")
+_NUMBER: Final = r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*"
+_WINDOW: Final = re.compile(rf"file|range|percentile|full|{_NUMBER},{_NUMBER}")
 _DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(:\d{1,3})?")
 
 
@@ -108,6 +110,9 @@ RULES: Final[dict[str, Rule]] = {
     "data.augment.hue": Range(0, 0.5),
     "data.workers": Range(0, 256),
     "data.decode": Choice(("auto", "exact", "fast")),
+    "data.duplicates": Choice(("notice", "drop", "refuse")),
+    "data.leakage": Choice(("refuse", "notice")),
+    "data.reading.window": Pattern(_WINDOW, "file, range, percentile, full, or CENTER,WIDTH"),
     "train.epochs": _AT_LEAST_ONE,
     "train.max_steps": _AT_LEAST_ONE,
     "train.batch_size": Range(2),  # one pair has nothing to contrast with
@@ -161,6 +166,7 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     _check_model(spec.model.name)
     _check_augment(spec.data)
     _check_loss(spec.loss)
+    _check_data(spec.data)
     _check_classes(spec.evaluation.classes)
     _check_prompts(spec.evaluation)
     for index, alias in enumerate(spec.publish.aliases):
@@ -194,7 +200,8 @@ def _allowed(path: str) -> str:
         return RULES[path].allowed
     return {
         "model.name": "an open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH or registry:NAME",
-        "data.train": "the path of a CSV or TSV file with a header row, or of tar shards",
+        "data.train": "a CSV, TSV, JSON lines or parquet file, a folder of images or of parquet files, tar"
+        " shards, or dataset:NAME",
     }[path]
 
 
@@ -227,6 +234,17 @@ def _check_loss(loss: spec_pb2.LossSpec) -> None:
         if dim <= before:
             raise wrong_value(f"loss.matryoshka_dims[{index}]", dim, f"> {before}, as they rise")
         before = dim
+
+
+def _check_data(data: spec_pb2.DataSpec) -> None:
+    for index, template in enumerate(data.caption_templates):
+        if LABEL_PLACE not in template:
+            raise wrong_value(
+                f"data.caption_templates[{index}]", template, f"a text with {LABEL_PLACE} in it"
+            )
+    channels = list(data.reading.channels)
+    if len(channels) not in (0, 1, 3) or not all(0 <= channel <= 65_535 for channel in channels):
+        raise wrong_value("data.reading.channels", channels, "none, one or three planes, counted from 0")
 
 
 def _check_classes(classes: Iterable[spec_pb2.ClassPrompts]) -> None:

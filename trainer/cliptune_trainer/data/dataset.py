@@ -19,7 +19,7 @@ from cliptune_trainer.data.duplicates import join_duplicates
 from cliptune_trainer.data.findings import Findings, examine, fingerprints
 from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.leaks import find_leaks, refuse_leaks
-from cliptune_trainer.data.listing import listed, rows_listed
+from cliptune_trainer.data.listing import counted, listed, rows_listed
 from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group, split_by_name
@@ -78,7 +78,7 @@ class Dataset:
 
     def bad_rows_message(self) -> str:
         """For one notice about all of them: how many, and the first few."""
-        return f"{len(self.bad)} rows cannot be used and are skipped: {listed(self.bad)}"
+        return f"{counted(len(self.bad), 'row')} cannot be used, skipped: {listed(self.bad)}"
 
 
 def read_dataset(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from cliptune.errors import DataError
 from cliptune_trainer.data.findings import Findings
-from cliptune_trainer.data.listing import listed
+from cliptune_trainer.data.listing import counted, listed
 from cliptune_trainer.data.table import Pair, Table
 
 
@@ -28,10 +28,8 @@ class Joined:
         """For one notice about all of them; "" for none."""
         if not self.copies:
             return ""
-        what = "were left out" if self.dropped else "count as the same image"
-        return f"{len(self.copies)} images repeat an earlier one under another name and {what}: " + listed(
-            self.copies
-        )
+        what = "left out" if self.dropped else "taken for the same image"
+        return f"{counted(len(self.copies), 'image')} under a second name, {what}: {listed(self.copies)}"
 
 
 def join_duplicates(tables: Sequence[Table], findings: Findings, policy: str) -> Joined:
@@ -73,8 +71,8 @@ def join_duplicates(tables: Sequence[Table], findings: Findings, policy: str) ->
     copies = list(told.values())
     if copies and policy == "refuse":
         raise DataError(
-            f"{len(copies)} images repeat an earlier one under another name, and data.duplicates ="
-            f" 'refuse': {listed(copies)}",
+            f"{counted(len(copies), 'image')} under a second name, and data.duplicates = 'refuse':"
+            f" {listed(copies)}",
             copies=len(copies),
         )
     return Joined(pairs=joined, copies=copies, dropped=policy == "drop")

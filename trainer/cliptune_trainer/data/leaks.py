@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.listing import listed, rows_listed
+from cliptune_trainer.data.listing import counted, listed, rows_listed
 from cliptune_trainer.data.table import Pair
 
 
@@ -26,10 +26,17 @@ def refuse_leaks(leaks: Sequence[str], policy: str) -> None:
     """Raises DataError when there are leaks and the policy is "refuse"."""
     if leaks and policy == "refuse":
         raise DataError(
-            f"{len(leaks)} groups or images are both in the training and in the validation rows, so the"
-            f" metrics would flatter: {listed(leaks)}. Part them, or set data.leakage = 'notice'",
+            f"{told_leaks(leaks)}. Part them, or set data.leakage = 'notice'",
             leaks=len(leaks),
         )
+
+
+def told_leaks(leaks: Sequence[str]) -> str:
+    """For one message about all of them."""
+    return (
+        f"{counted(len(leaks), 'leak')} between the training and the validation rows, which"
+        f" makes the metrics flatter: {listed(leaks)}"
+    )
 
 
 def _shared(

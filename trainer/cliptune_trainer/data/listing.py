@@ -12,6 +12,11 @@ from typing import Final
 LISTED: Final = 5
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 image", "2,000 images"."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+
 def listed(told: Sequence[str]) -> str:
     """ "a; b; c; and 3 more"."""
     rest = f"; and {len(told) - LISTED} more" if len(told) > LISTED else ""

@@ -12,8 +12,10 @@ from typing import Any, Final, cast
 from torch import Tensor
 
 from cliptune_model.clip import Clip
+from cliptune_model.source import MAX_CONTEXT
 from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.data.listing import listed, rows_listed
+from cliptune_trainer.data.leaks import told_leaks
+from cliptune_trainer.data.listing import counted, listed, rows_listed
 from cliptune_trainer.remark import Remark
 
 # Captions that may be too long are tokenised up to here; of more, an even sample.
@@ -43,11 +45,7 @@ def about_data(dataset: Dataset, clip: Clip) -> list[Remark]:
 
 def _leaks(dataset: Dataset) -> Iterator[Remark]:
     if dataset.leaks:
-        yield Remark(
-            code="leakage",
-            message=f"{len(dataset.leaks)} groups or images are both in the training and in the validation"
-            f" rows: the metrics will flatter: {listed(dataset.leaks)}",
-        )
+        yield Remark(code="leakage", message=told_leaks(dataset.leaks))
 
 
 def _skipped(dataset: Dataset) -> Iterator[Remark]:
@@ -82,8 +80,8 @@ def _lonely_classes(dataset: Dataset) -> Iterator[Remark]:
     if alone:
         yield Remark(
             code="class-of-one-image",
-            message=f"{len(alone)} labels have a single image, which cannot both train and validate:"
-            f" {listed(alone)}",
+            message=f"{counted(len(alone), 'label')} with a single image, which cannot both train and"
+            f" validate: {listed(alone)}",
         )
 
 
@@ -99,11 +97,11 @@ def _cut_captions(dataset: Dataset, clip: Clip) -> Iterator[Remark]:
     cut = list(_overlong(captions[::every], clip))
     if cut:
         places = sorted({row for caption in cut for row in rows[caption]})
-        about = f"about {len(cut) * every}" if every > 1 else str(len(cut))
+        about = ("about " if every > 1 else "") + counted(len(cut) * every, "caption")
         yield Remark(
             code="captions-cut",
-            message=f"{about} captions are longer than the {clip.context_length} tokens that the model reads"
-            f" and are cut there: {rows_listed(places)}; model.context_length, up to 248, reads more",
+            message=f"{about} of more than the {clip.context_length} tokens that the model reads, cut there:"
+            f" {rows_listed(places)}; with model.context_length, up to {MAX_CONTEXT}, it reads more",
         )
 
 

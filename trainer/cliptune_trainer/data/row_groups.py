@@ -36,7 +36,7 @@ class RowGroups:
         self._lock = threading.Lock()
         self._files: OrderedDict[Path, _Opened] = OrderedDict()
         self._groups: OrderedDict[tuple[Path, str, int], Any] = OrderedDict()
-        self._kept_bytes = 0
+        self.kept_bytes = 0
 
     def cell(self, file: Path, column: str, row: int) -> bytes:
         """Bytes of a cell that holds bytes, or {bytes, path}. Raises OSError."""
@@ -80,9 +80,9 @@ class RowGroups:
             if hasattr(cells.type, "get_field_index") and cells.type.num_fields:
                 cells = cells.field("bytes")
             self._groups[key] = cells
-            self._kept_bytes += cells.nbytes
-            while self._kept_bytes > _MAX_KEPT_BYTES and len(self._groups) > 1:
-                self._kept_bytes -= self._groups.popitem(last=False)[1].nbytes
+            self.kept_bytes += cells.nbytes
+            while self.kept_bytes > _MAX_KEPT_BYTES and len(self._groups) > 1:
+                self.kept_bytes -= self._groups.popitem(last=False)[1].nbytes
         self._groups.move_to_end(key)
         return cells
 

@@ -57,7 +57,9 @@ def _planes(ds: Any, pixels: Any, channels: Sequence[int], limits: PixelLimits) 
         return _colours(pixels.pixel_array(ds, index=0), bits, channels)
     if photometric == "PALETTE COLOR":
         coloured_HW3 = pixels.apply_color_lut(pixels.pixel_array(ds, index=0), ds)
-        return _colours(coloured_HW3, coloured_HW3.dtype.itemsize * 8, channels)
+        if coloured_HW3.dtype.itemsize > 1:  # a table's colours are those to be shown: no window is theirs
+            coloured_HW3 = (coloured_HW3 >> 8).astype(np.uint8)
+        return _colours(coloured_HW3, 8, channels)
     count = int(ds.get("NumberOfFrames", 1) or 1)
     frames = chosen(count, channels) if channels else [0]
     stored_FHW = np.stack([pixels.pixel_array(ds, index=frame) for frame in frames])
