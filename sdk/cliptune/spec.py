@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from cliptune.dataset_layout import SCHEME, is_pattern, matching
 from cliptune.errors import InvalidInputError, SpecError
 from cliptune.spec_shape import RULES, Range, validate_shape, validate_values, wrong_value
 from cliptune.v1 import spec_pb2
@@ -54,9 +55,9 @@ def load_spec(path: str | os.PathLike[str], settings: Iterable[str] = ()) -> spe
 
 
 def with_paths_from(folder: Path, spec: spec_pb2.JobSpec) -> spec_pb2.JobSpec:
-    """A copy whose relative paths that exist in `folder` are absolute: the daemon works in another folder.
+    """A copy whose relative paths, and patterns of shards, that are there in `folder` are absolute.
 
-    Other relative paths are left for the daemon's own data folder.
+    The daemon works in another folder. Other relative paths are left for its own data folder.
     """
     placed = spec_pb2.JobSpec()
     placed.CopyFrom(spec)
@@ -164,9 +165,17 @@ def _parse(file: Path, text: str) -> object:
 
 
 def _beside(folder: Path, value: str) -> str:
-    if value and not Path(value).is_absolute() and (folder / value).exists():
-        return str(folder / value)
-    return value
+    if not value or value.startswith(SCHEME) or Path(value).is_absolute():
+        return value
+    there = (folder / value).exists() or bool(is_pattern(value) and _matches(folder, value))
+    return str(folder / value) if there else value
+
+
+def _matches(folder: Path, pattern: str) -> list[str]:
+    """The files that a pattern of shards, such as "shards/{000..127}.tar", means in `folder`."""
+    inner = (folder / pattern).parent
+    files = inner.iterdir() if inner.is_dir() else ()
+    return matching((file.relative_to(folder).as_posix() for file in files), pattern)
 
 
 def _fill(message: Any, mapping: object, path: str) -> None:

@@ -25,6 +25,7 @@ from cliptune.errors import (
     CliptuneError,
     DataError,
     InvalidInputError,
+    MissingColumnError,
     UnavailableError,
 )
 from cliptune.v1 import data_pb2
@@ -189,7 +190,7 @@ def _in_folder(root: Path) -> dict[str, Path]:
         for each in folders:
             if (inner := Path(folder, each)).is_symlink():
                 raise InvalidInputError(
-                    f"{inner} is a link to a folder: upload that folder itself", path=inner
+                    f"{inner} is a link to a folder: upload the folder itself", path=inner
                 )
         for name in names:
             source = Path(folder, name)
@@ -228,9 +229,9 @@ def _column(table: Path, column: str) -> Iterable[str]:
                 return
             rows = csv.DictReader(file, delimiter="," if table.suffix.lower() == ".csv" else "\t")
             if column not in (rows.fieldnames or ()):
-                columns = ", ".join(rows.fieldnames or ())
-                raise DataError(
-                    f"{table} has no column {column!r}; it has {columns}", file=table, column=column
+                has = ", ".join(rows.fieldnames or ())
+                raise MissingColumnError(
+                    f"{table} has no column {column!r}; it has {has}", file=table, column=column, found=has
                 )
             for each in rows:
                 yield each[column] or ""

@@ -11,6 +11,7 @@ from cliptune import (
     AsyncClient,
     Client,
     CliptuneError,
+    DatasetNotFoundError,
     Evaluation,
     Health,
     ImageDecodeError,
@@ -221,3 +222,23 @@ def test_a_client_finds_the_daemon_of_its_home(house: House, monkeypatch: pytest
     monkeypatch.setenv("CLIPTUNE_HOME", str(house.daemon.home / "nowhere"))
     with Client() as client:
         assert client.address == "127.0.0.1:50051"
+
+
+async def test_both_clients_see_one_data_set_and_a_job_reads_it_by_its_name(house: House) -> None:
+    one = house.client
+    made = one.upload_dataset(house.shapes.folder, name="shapes")
+    async with AsyncClient(house.daemon.grpc) as other:
+        assert (await other.list_datasets()).datasets == one.list_datasets().datasets == (made,)
+        found, theirs = one.get_dataset("shapes", samples=2), await other.get_dataset("shapes", samples=2)
+        assert found == theirs
+        assert found.rows == len(house.shapes.rows)
+        assert all(sample.jpeg for sample in found.samples)
+        spec = house.spec("by-name")
+        spec["data"]["train"] = made.reference
+        job = one.create_job(spec, validate_only=True, timeout_s=120)
+        assert job.plan is not None
+        assert job.plan.train_samples == sum(row["split"] == "train" for row in house.shapes.rows)
+        await other.delete_dataset("shapes")
+        for call in (one.delete_dataset, one.get_dataset):
+            with pytest.raises(DatasetNotFoundError):
+                call("shapes")
