@@ -111,6 +111,13 @@ def test_metrics_of_several_labels_equal_torchmetrics() -> None:
     )
 
 
+def test_precision_of_a_class_that_nothing_is_taken_for_is_0_and_of_one_without_samples_unknown() -> None:
+    one_hot = np.eye(3, dtype=np.bool_)
+    recall, precision = found(one_hot[[0, 1, 1]], one_hot[[0, 0, 0]], once(3))
+    assert recall[0] == pytest.approx([1.0, 0.0, math.nan], nan_ok=True)
+    assert precision[0] == pytest.approx([1 / 3, 0.0, math.nan], nan_ok=True)
+
+
 def test_a_weighted_metric_is_the_metric_of_rows_repeated_so_often() -> None:
     _, logits, one_hot, predicted = answers(3)
     counts = np.random.default_rng(1).integers(0, 4, (2, SAMPLES))

@@ -36,7 +36,7 @@ def mean_over_classes(values_BC: Floats) -> Floats:
 class Found(NamedTuple):
     """What is found of each class, and how much of what is taken for it is right. [B, C]
 
-    NaN where there is none of the class, or none is taken for it.
+    NaN for a class without a sample. Precision is 0 where none is taken for the class, as in torchmetrics.
     """
 
     recall_BC: Floats
@@ -46,9 +46,11 @@ class Found(NamedTuple):
 def found(truth_NC: Booleans, predicted_NC: Booleans, weights_BN: Floats) -> Found:
     """Recall and precision by class. Balanced accuracy is the mean recall of the classes that occur."""
     hits_BC = weights_BN @ (truth_NC & predicted_NC).astype(np.float64)
+    there_BC = weights_BN @ truth_NC.astype(np.float64)
+    taken_BC = weights_BN @ predicted_NC.astype(np.float64)
+    precision_BC = np.divide(hits_BC, taken_BC, out=np.zeros_like(hits_BC), where=taken_BC > 0)
     return Found(
-        recall_BC=_ratio(hits_BC, weights_BN @ truth_NC.astype(np.float64)),
-        precision_BC=_ratio(hits_BC, weights_BN @ predicted_NC.astype(np.float64)),
+        recall_BC=_ratio(hits_BC, there_BC), precision_BC=np.where(there_BC > 0, precision_BC, np.nan)
     )
 
 

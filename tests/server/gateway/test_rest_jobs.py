@@ -127,6 +127,32 @@ def test_a_job_is_created_watched_and_found_over_rest_as_over_grpc(
         assert (gone.status_code, gone.json()["reason"]) == (404, "JobNotFoundError")
 
 
+def test_an_evaluation_tells_intervals_and_classes_and_its_picture_alone_is_served(
+    daemon: RunningDaemon, rest: httpx.Client
+) -> None:
+    body = {"spec": spec(daemon, "shapes")}
+    job_id = rest.post("/v1/jobs", json=body, headers={"Idempotency-Key": "once"}).json()["id"]
+    assert [frame["event"] for frame in frames(rest, job_id)][-1] == "end"
+    evaluation = rest.get(f"/v1/jobs/{job_id}").json()["evaluation"]
+    assert evaluation["main_metric"] in evaluation["metrics"]
+    interval = evaluation["intervals"]["zero_shot/accuracy"]
+    assert interval["low"] <= evaluation["metrics"]["zero_shot/accuracy"] <= interval["high"]
+    assert sum(entry["samples"] for entry in evaluation["classes"]) == evaluation["samples"]
+    assert len(evaluation["confusion"]) == len(evaluation["classes"]) ** 2
+
+    (path,) = evaluation["pictures"]
+    answer = rest.get(f"/v1/jobs/{job_id}/{path}")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.content.startswith(b"\x89PNG")
+    (daemon.home / "jobs" / job_id / "pictures" / "link.png").symlink_to(Path("..") / "spec.json")
+    for name in ("confusion-99999999.png", "..%2Fspec.json", "spec.json", "link.png", ".png"):
+        missing = rest.get(f"/v1/jobs/{job_id}/pictures/{name}")
+        assert (missing.status_code, missing.json()["reason"]) == (404, "NotFoundError"), name
+    gone = rest.get("/v1/jobs/none-00000000/pictures/confusion-00000001.png")
+    assert (gone.status_code, gone.json()["reason"]) == (404, "JobNotFoundError")
+
+
 def test_a_running_job_obeys_every_command_over_rest(daemon: RunningDaemon, rest: httpx.Client) -> None:
     job_id = rest.post("/v1/jobs", json={"spec": spec(daemon, "long", epochs=100_000)}).json()["id"]
     after = until(rest, job_id, "progress")
