@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cliptune_trainer.losses import Contrast, Identities, Teacher
+from cliptune_trainer.losses.objective import Features
 
 DIM = 16
 
@@ -79,3 +80,21 @@ def leaves(given: Contrast) -> list[Tensor]:
     """What a loss may have gradients in."""
     found = [given.image_NP, given.text_NP, given.logit_scale, given.logit_bias, given.negative_text_MP]
     return [one for one in found if one is not None]
+
+
+def towers_of(rows: int, dtype: torch.dtype = torch.float32) -> Features:
+    """Features as towers leave them, 32 numbers of any size, with all that any loss may need."""
+    given = contrast(rows, dtype, full=True)
+    generator = torch.Generator().manual_seed(rows)
+    image_ND, text_ND, negative_ND = (
+        torch.randn(rows, 32, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        for _ in range(3)
+    )
+    return Features(
+        image_ND=image_ND,
+        text_ND=text_ND,
+        identities=given.identities,
+        negative_ND=negative_ND,
+        negative_ids_N=given.negative_ids_M,
+        teacher=given.teacher,
+    )

@@ -84,6 +84,8 @@ _IDLE: Final = frozenset(
         "a an the of in on at to by for from with without and or but nor as is are was were be been being am",
         "do does did has have had it its this that these those there here which who whom whose what where",
         "when while than then into onto over under up down out off near next no not very",
+        "beside between behind through against within along among around across after before during",
+        "each other some any all both",
         "photo image picture photograph showing shows shown seen view",
     )
     for word in line.split()
@@ -169,7 +171,7 @@ def _replaced(caption: str, changes: Sequence[tuple[re.Match[str], str]]) -> str
 
 
 def _in_case_of(word: str, other: str) -> str:
-    """A word in the case of the one that it replaces; abbreviations stay."""
+    """A word with a capital where the one that it replaces has its first alone; abbreviations stay."""
     if other.isupper() and len(other) > 1:
         return other
-    return other.capitalize() if word[:1].isupper() else other.lower()
+    return other.capitalize() if word.istitle() else other.lower()

@@ -99,6 +99,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
         "MedCLIP: targets by shared labels",
         parameters={"sharpness": Parameter(default=1.0, low=0.0, high=100.0)},
         needs=(LABELS,),
+        tables=7,
     ),
     "hard_negative": _entry(
         hard_negative,
@@ -108,11 +109,12 @@ LOSSES: Final[dict[str, LossEntry]] = {
             "beta": Parameter(default=0.25, low=0.0, high=10.0),
         },
         below_zero=True,
+        tables=10,
     ),
     "hard_caption": _entry(
-        hard_caption, "NegCLIP: captions that are nearly right", needs=(NEGATIVE_CAPTIONS,)
+        hard_caption, "NegCLIP: captions that are nearly right", needs=(NEGATIVE_CAPTIONS,), tables=12
     ),
-    "decoupled": _entry(decoupled, "DCL: no positive in the denominator", below_zero=True),
+    "decoupled": _entry(decoupled, "DCL: no positive in the denominator", below_zero=True, tables=7),
     "cyclip": _entry(
         cyclip,
         "CyCLIP: images and texts have one geometry",
@@ -120,6 +122,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
             "in_modal": Parameter(default=0.25, low=0.0, high=100.0),
             "cross_modal": Parameter(default=0.25, low=0.0, high=100.0),
         },
+        tables=9,
     ),
     "margin": _entry(
         margin,
@@ -128,9 +131,10 @@ LOSSES: Final[dict[str, LossEntry]] = {
             "margin": Parameter(default=0.2, low=1e-6, high=100.0),
             "hardest": Parameter(default=0.0, low=0.0, high=1.0),
         },
+        tables=7,
     ),
     "distillation": _entry(
-        distillation, "CLIP-KD: what the starting model made of the batch", needs=(TEACHER,)
+        distillation, "CLIP-KD: what the starting model made of the batch", needs=(TEACHER,), tables=11
     ),
 }
 ROBUST_FORM: Final[LossEntry] = _entry(
@@ -138,5 +142,6 @@ ROBUST_FORM: Final[LossEntry] = _entry(
     "FastCLIP: infonce with a global temperature",
     parameters={"concentration": Parameter(default=0.5, low=0.01, high=0.99)},
     below_zero=True,
+    tables=8,
 )
 """What "infonce" becomes where `loss.temperature` is "global"."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cliptune_model.similarity import widened
 from cliptune_trainer.losses.identities import Identities
 
 
@@ -116,11 +117,6 @@ NO_CAPTION = -2
 Loss = Callable[[Contrast], Tensor]
 """A pure function to a scalar, fp32 (fp64 for fp64), differentiable in all that is a tensor with gradients.
 Parameters of a loss are keyword arguments and are bound beforehand."""
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """In fp32, if the tensor's own format holds less."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def both_ways(of_rows: Callable[[Tensor], Tensor], logits_NN: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, cast
+from typing import Final, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from cliptune_model.clip import Clip
+from cliptune_model.similarity import Similarity
 from cliptune_trainer.losses import temperature
 from cliptune_trainer.losses.config import UNCERTAINTY, LossConfig, Term
 from cliptune_trainer.losses.contrast import Contrast, Loss, Teacher
@@ -26,6 +26,13 @@ from cliptune_trainer.losses.identities import Identities
 
 # A learned weight stays within e^-4 and e^4: a loss that is all but solved must not drown the others.
 _MAX_LOG_VARIANCE: Final = 4.0
+
+
+class Comparing(Protocol):
+    """A model as far as an objective looks at it; a `Clip` is one."""
+
+    model: nn.Module
+    similarity: Similarity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +82,7 @@ class Objective(nn.Module):
         if self.config.weighting == UNCERTAINTY:
             self.log_variances = nn.Parameter(torch.zeros(len(self.config.terms)))
 
-    def forward(self, clip: Clip, features: Features) -> Tensor:
+    def forward(self, clip: Comparing, features: Features) -> Tensor:
         """The loss over the batch of all ranks; scalar, fp32 (fp64 for fp64 features).
 
         With Matryoshka dimensions: the mean over all widths (Kusupati et al. 2022, Eq. 1, equal weights).
@@ -108,7 +115,7 @@ class Objective(nn.Module):
             return partial(entry.function, **term.parameters)
         return partial(entry.tiled, block=self._block, products=self._products, **term.parameters)
 
-    def _contrast(self, clip: Clip, features: Features, width: int | None) -> Contrast:
+    def _contrast(self, clip: Comparing, features: Features, width: int | None) -> Contrast:
         """What the losses see; only the first `width` dimensions of every feature, if there is one."""
         similarity, model = clip.similarity, clip.model
         image_ND, text_ND, negative_ND = (
@@ -135,7 +142,7 @@ class Objective(nn.Module):
         )
 
     @torch.no_grad()
-    def constrain(self, clip: Clip) -> None:
+    def constrain(self, clip: Comparing) -> None:
         """Brings all that is learned beside the towers back into its bounds; after each step."""
         temperature.clamp(clip.model, self.config)
         clip.similarity.constrain()

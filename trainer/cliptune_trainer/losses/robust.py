@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from cliptune_trainer.losses.contrast import Contrast, both_ways, log_sum_over, widened
+from cliptune_model.similarity import widened
+from cliptune_trainer.losses.contrast import Contrast, both_ways, log_sum_over
 
 EPSILON = 1e-14
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cliptune_trainer.losses.contrast import Contrast, widened
+from cliptune_model.similarity import widened
+from cliptune_trainer.losses.contrast import Contrast
 
 
 def sigmoid(contrast: Contrast) -> Tensor:

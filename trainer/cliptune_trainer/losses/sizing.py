@@ -20,7 +20,7 @@ from cliptune_trainer.losses.entry import NEGATIVE_CAPTIONS, TEACHER
 
 _FP32_BYTES: Final = 4
 # fp32 numbers a pair of a table between a similarity and its products, where they differ.
-_TRANSFORMED: Final = 2
+_TRANSFORMED: Final = 4
 
 
 def choose_objective_tiling(

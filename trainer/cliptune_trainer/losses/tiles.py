@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from cliptune_trainer.losses.contrast import widened
+from cliptune_model.similarity import widened
 
 # A side of the last tile is rounded up to this, for the alignment that matrix units want.
 _ALIGNMENT: Final = 64
