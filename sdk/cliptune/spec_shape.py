@@ -7,6 +7,7 @@ value means (does the file exist, is the architecture known) is found out while 
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterable
@@ -162,7 +163,8 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     for path, rule in RULES.items():
         value = _value(spec, path)
         if value is not None and not rule.holds(value):
-            raise wrong_value(path, value, rule.allowed)
+            words = rule.words if isinstance(rule, Choice) else ()
+            raise wrong_value(path, value, rule.allowed, words)
     _check_model(spec.model.name)
     _check_augment(spec.data)
     _check_loss(spec.loss)
@@ -174,11 +176,13 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
             raise wrong_value(f"publish.aliases[{index}]", alias, NAME_RULE)
 
 
-def wrong_value(path: str, value: object, allowed: str) -> SpecError:
-    """The error of a field whose value may not stand there."""
+def wrong_value(path: str, value: object, allowed: str, words: Iterable[str] = ()) -> SpecError:
+    """The error of a field whose value may not stand there; of `words` the nearest is offered."""
     shown = repr(value)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return SpecError(f"{path} is {shown}; allowed: {allowed}", path=path, allowed=allowed)
+    near = difflib.get_close_matches(str(value), list(words), n=1)
+    meant = f" (did you mean {near[0]}?)" if near else ""
+    return SpecError(f"{path} is {shown}{meant}; allowed: {allowed}", path=path, allowed=allowed)
 
 
 def _value(spec: spec_pb2.JobSpec, path: str) -> Any:

@@ -136,7 +136,9 @@ def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(SpecError, match=r"did you mean medical") as caught:
         load_recipe("medcial")
     assert caught.value.metadata["path"] == "domain"
-    with pytest.raises(SpecError, match="general, industrial, medical, scientific"):
+    with pytest.raises(SpecError, match=r"did you mean scientific.*general, industrial, medical"):
+        spec("science")
+    with pytest.raises(SpecError, match=r"domain is 'art'; allowed: general, industrial"):
         spec("art")
 
 

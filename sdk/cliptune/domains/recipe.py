@@ -7,7 +7,6 @@ without a fixed default are settled.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from cliptune.domains.paths import set_paths, value_at
-from cliptune.errors import SpecError
 from cliptune.spec import spec_from_part
-from cliptune.spec_shape import DOMAINS
+from cliptune.spec_shape import DOMAINS, wrong_value
 from cliptune.v1 import spec_pb2
 
 _FOLDER = Path(__file__).parent
@@ -58,10 +56,7 @@ class DomainRecipe:
 def load_recipe(name: str) -> DomainRecipe:
     """The recipe of a domain. Raises `SpecError` for a name that is none."""
     if name not in DOMAINS:
-        near = difflib.get_close_matches(name, DOMAINS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        allowed = ", ".join(DOMAINS)
-        raise SpecError(f"domain is {name!r}{hint}; allowed: {allowed}", path="domain", allowed=allowed)
+        raise wrong_value("domain", name, ", ".join(DOMAINS), DOMAINS)
     content = _content(name)
     return DomainRecipe(
         name=name,
