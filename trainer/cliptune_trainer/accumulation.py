@@ -7,9 +7,11 @@ and leave their features; (2) the loss over all features gives the gradient of e
 through its tower again, with a graph, and takes up the gradient of its features. The loss sees the batch as
 it is, so logit scale and bias get their gradient once, and every loss works.
 
-Two things keep the price down. The last part of each tower keeps its graph from the first pass, so k parts
+Three things keep the price down. The last part of each tower keeps its graph from the first pass, so k parts
 need k-1 replays; a batch of one part is an ordinary step. A tower without trained parameters is not replayed.
-The extra cost of k parts is (k-1)/k of a forward pass, about a third of that of the step.
+Where towers draw nothing at random, what has no graph goes through in larger parts, and texts are replayed in
+larger ones, since images leave them their room (`larger_parts`). The extra cost of k parts is (k-1)/k of a
+forward pass, about a third of that of the step.
 
 b: pairs of a part, N: pairs of the batch as the loss sees them, D: embedding dimension.
 """
@@ -17,6 +19,7 @@ b: pairs of a part, N: pairs of the batch as the loss sees them, D: embedding di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from torch import Tensor
 from cliptune_model.clip import Clip
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.larger_parts import Larger
 from cliptune_trainer.losses import Identities, Teacher
 from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.parts import moved, parts_of
@@ -39,25 +43,43 @@ class FeatureCache:
         encode: rows of the batch → features [b, D], fp32, not normalised.
         parts: the rows, in order; the last part keeps its graph.
         device: of the tower.
+        without_graph: times a part's length that goes through at once without a graph.
+        replayed: the same of the replay.
     """
 
     def __init__(
-        self, encode: Callable[[slice], Tensor], parts: Sequence[slice], device: torch.device
+        self,
+        encode: Callable[[slice], Tensor],
+        parts: Sequence[slice],
+        device: torch.device,
+        *,
+        without_graph: int = 1,
+        replayed: int = 1,
     ) -> None:
         self._encode, self._device = encode, device
         self._early, self._last = parts[:-1], parts[-1]
-        self._random: list[RandomState] = []  # of each early part, before it went through the tower
+        self._without_graph, self._replayed = without_graph, replayed
+        # What is replayed, and the generators before it went through the tower; None: nothing is drawn.
+        self._replays: list[tuple[slice, RandomState | None]] = []
         self._leaf_ND: Tensor | None = None
 
     @torch.no_grad()
     def fill(self) -> None:
         """First pass, without a graph, over all parts but the last."""
-        for rows in self._early:
-            self._random.append(RandomState.capture(self._device))
-            features_bD = self._encode(rows)
-            if self._leaf_ND is None:
-                self._leaf_ND = features_bD.new_empty(self._early[-1].stop, features_bD.shape[1])
-            self._leaf_ND[rows] = features_bD
+        if not self._early:
+            return
+        before = RandomState.capture(self._device)
+        self._keep(self._early[0])
+        if RandomState.capture(self._device).same_as(before):
+            for rows in self._joined(self._early[1:], self._without_graph):
+                self._keep(rows)
+            self._replays = [(rows, None) for rows in self._joined(self._early, self._replayed)]
+            return
+        # The masks belong to the parts: those of the replay must be those of the first pass.
+        self._replays = [(self._early[0], before)]
+        for rows in self._early[1:]:
+            self._replays.append((rows, RandomState.capture(self._device)))
+            self._keep(rows)
 
     def features(self) -> Tensor:
         """The last part goes through the tower; returns all features [N, D], for the loss."""
@@ -73,11 +95,26 @@ class FeatureCache:
         gradient_ND = None if self._leaf_ND is None else self._leaf_ND.grad
         if gradient_ND is None:
             return
-        for rows, random in zip(self._early, self._random, strict=True):
-            random.restore()
+        for rows, random in self._replays:
+            if random is not None:
+                random.restore()
             features_bD = self._encode(rows)
             with precision.exact():
                 torch.autograd.backward(features_bD, gradient_ND[rows])
+
+    def _keep(self, rows: slice) -> None:
+        features_bD = self._encode(rows)
+        if self._leaf_ND is None:
+            self._leaf_ND = features_bD.new_empty(self._early[-1].stop, features_bD.shape[1])
+        self._leaf_ND[rows] = features_bD
+
+    def _joined(self, parts: Sequence[slice], times: int) -> list[slice]:
+        """The same rows in parts that are `times` as long, or nearly."""
+        if times == 1 or len(parts) < 2:
+            return list(parts)
+        start, stop = parts[0].start, parts[-1].stop
+        longest = times * max(part.stop - part.start for part in parts)
+        return [slice(start + one.start, start + one.stop) for one in parts_of(stop - start, longest)]
 
 
 def accumulate(
@@ -90,6 +127,7 @@ def accumulate(
     texts_per_image: int = 1,
     batch_norms: BatchNorms | None = None,
     teacher: StartingModel | None = None,
+    larger: Larger | None = None,
 ) -> Tensor:
     """Adds the gradient of the loss over the whole batch to the parameters' gradients.
 
@@ -106,13 +144,16 @@ def accumulate(
         texts_per_image: texts of a part for each image of a part, for texts that cost less memory.
         batch_norms: of the model; None: looked for.
         teacher: for losses that need one.
+        larger: what goes through in larger parts; None: what the model's shape allows.
 
     Returns:
         The loss, a scalar on the device.
     """
     norms = batch_norms or BatchNorms(clip.model)
     taught = None if teacher is None else teacher(batch, micro_batch_size, precision)
-    caches = _caches(clip, batch, micro_batch_size, texts_per_image)
+    if larger is None and micro_batch_size < len(batch.tokens_BL):
+        larger = Larger.of(clip, batch.tokens_BL.shape[1])
+    caches = _caches(clip, batch, micro_batch_size, texts_per_image, larger or Larger())
     # Two contexts: a weight cast without a graph must not serve where one is needed.
     with precision.autocast():
         for cache in caches:
@@ -136,7 +177,8 @@ def accumulate(
 def contrastive_loss(clip: Clip, objective: Objective, precision: Precision, batch: Batch) -> Tensor:
     """Forward through both towers and the loss at once; scalar with gradients, on the device."""
     with precision.autocast():
-        image_ND, text_ND = (cache.features() for cache in _caches(clip, batch, len(batch.tokens_BL), 1))
+        caches = _caches(clip, batch, len(batch.tokens_BL), 1, Larger())
+        image_ND, text_ND = (cache.features() for cache in caches)
     return loss_of_features(clip, objective, batch, image_ND, text_ND)
 
 
@@ -171,7 +213,9 @@ def loss_of_features(
     return value
 
 
-def _caches(clip: Clip, batch: Batch, images: int, texts_per_image: int) -> tuple[FeatureCache, FeatureCache]:
+def _caches(
+    clip: Clip, batch: Batch, images: int, texts_per_image: int, larger: Larger
+) -> tuple[FeatureCache, FeatureCache]:
     device, count = clip.device, len(batch.tokens_BL)
 
     def image_features(rows: slice) -> Tensor:
@@ -186,8 +230,12 @@ def _caches(clip: Clip, batch: Batch, images: int, texts_per_image: int) -> tupl
     texts = parts_of(count, images * texts_per_image)
     if batch.negative_tokens_BL is not None:
         # After the captions, in the same lengths: they take no memory beyond another pass of their tower.
+        # None of them goes through together with captions, which may have another length.
         texts += [slice(count + part.start, count + part.stop) for part in texts]
+        larger = replace(larger, texts=1, replayed_texts=1)
     return (
-        FeatureCache(image_features, parts_of(count, images), device),
-        FeatureCache(text_features, texts, device),
+        FeatureCache(image_features, parts_of(count, images), device, without_graph=larger.images),
+        FeatureCache(
+            text_features, texts, device, without_graph=larger.texts, replayed=larger.replayed_texts
+        ),
     )

@@ -45,6 +45,11 @@ def disable_checkpointing(clip: Clip) -> None:
             delattr(module, _MARK)
 
 
+def is_checkpointed(block: nn.Module) -> bool:
+    """Whether `enable_checkpointing` wrapped it."""
+    return hasattr(block, _MARK)
+
+
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The blocks that a tower is a stack of, whichever library wrote it.
 

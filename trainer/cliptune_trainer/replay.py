@@ -38,6 +38,14 @@ class RandomState:
             accelerator = torch.mps.get_rng_state()
         return cls(device=device, cpu=torch.get_rng_state(), accelerator=accelerator)
 
+    def same_as(self, other: RandomState) -> bool:
+        """Whether nothing was drawn between the two."""
+        mine, theirs = (
+            [None if state is None else state.numpy().tobytes() for state in (one.cpu, one.accelerator)]
+            for one in (self, other)
+        )
+        return mine == theirs
+
     def restore(self) -> None:
         """Puts the generators back to the moment of `capture`."""
         torch.set_rng_state(self.cpu)
