@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -255,8 +256,10 @@ def test_a_step_on_cuda_never_synchronises(precision: str) -> None:
         },
     )
     step(pairs, 1e-3)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
         flying = []
         for size in (None, 2):
             step.micro_batch_size = size
