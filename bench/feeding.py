@@ -31,7 +31,7 @@ from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.losses import LOSSES
+from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.optim import build_optimizer
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import DataConfig
@@ -92,12 +92,12 @@ def fed_steps(setting: Setting, workers: int, steps: int) -> list[Columns]:
     compile_towers(clip, Choice(subject="compile", value="on" if cuda else "off", reason="the benchmark's"))
     precision = Precision("bf16" if cuda else "fp32", setting.device)
     optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=0.1)
-    step = Step(clip, LOSSES["infonce"], optimizer, precision, clip_norm=1.0)
+    step = Step(clip, Objective(), optimizer, precision, clip_norm=1.0)
     clip.model.train()
     pairs = setting.pairs()
 
     def rate(*, ready: bool, exact: bool = False) -> float:
-        with _loader(setting, clip, pairs, workers, exact=exact) as loader:
+        with _loader(setting, clip, pairs, 1 if ready else workers, exact=exact) as loader:
             batches: Iterator[Batch] = loader.batches(0, _WARM_BATCHES + steps)
             if ready:
                 one = next(batches)
@@ -115,6 +115,7 @@ def fed_steps(setting: Setting, workers: int, steps: int) -> list[Columns]:
             synchronize(setting.device)
             return setting.batch_size * steps / (time.perf_counter() - began)
 
+    rate(ready=True)  # compiles
     found = medians(
         {
             "ready": lambda: rate(ready=True),
@@ -122,7 +123,7 @@ def fed_steps(setting: Setting, workers: int, steps: int) -> list[Columns]:
             "exact": lambda: rate(ready=False, exact=True),
         },
         setting.repetitions,
-        warm=1,
+        warm=0,
     )
     return [
         {

@@ -41,10 +41,11 @@ from cliptune_trainer.step import Step, StepOutOfMemoryError, release_memory
 # Of 24 tokens with the two around it.
 CAPTION: Final = "a photo of " * 7 + "a"
 GIB: Final = 2**30
-_STEPS: Final = 3
+_STEPS: Final = 2
 _TURNS: Final = 3
-# Micro-batches below this share of the batch are not tried: more parts are only slower.
+# Micro-batches below this share of the batch are not tried; nor those below as many sizes that fit.
 _SMALLEST_SHARE: Final = 64
+_SIZES_THAT_FIT: Final = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class Form:
 FORMS: Final = {
     "cuda": Form(
         precision="bf16",
-        models=(("ViT-B-16", 1024), ("ViT-L-14", 512)),
+        models=(("ViT-B-16", 512), ("ViT-L-14", 256)),
         budgets_gib=(8, 16, 24),
         drawn=("ViT-B-16", 512),
     ),
@@ -186,12 +187,12 @@ class Bench:
 
 
 def grid(bench: Bench, attention: AttentionPlan) -> Iterator[Setting]:
-    """What one would try by hand: powers of two, with and without recomputing."""
-    size = max(1, bench.batch_size // _SMALLEST_SHARE)
-    while size <= bench.batch_size:
+    """What one would try by hand: halves of the batch, with and without recomputing."""
+    size = bench.batch_size
+    while size >= max(1, bench.batch_size // _SMALLEST_SHARE):
         for checkpointing in (False, True):
             yield Setting(micro_batch_size=size, checkpointing=checkpointing, attention=attention)
-        size *= 2
+        size //= 2
 
 
 def within_budget(bench: Bench, budget_gib: float) -> Columns:
@@ -208,10 +209,14 @@ def within_budget(bench: Bench, budget_gib: float) -> Columns:
         attention=plan.attention_plan,
     )
     found: list[tuple[float, Setting]] = []
+    fitted = {True: 0, False: 0}
     for setting in grid(bench, plan.attention_plan):
+        if fitted[setting.checkpointing] == _SIZES_THAT_FIT:
+            continue  # more parts are only slower
         outcome = bench.take(setting, execution)
         if outcome is not None and outcome.peak_bytes <= budget:
             found.append((outcome.per_s, setting))
+            fitted[setting.checkpointing] += 1
     best = max(found, key=lambda entry: entry[0])[1]
     # Those two again, in turns: what else the machine does falls on both.
     ours: list[Taken | None] = []
@@ -251,7 +256,7 @@ def by_micro_batch(bench: Bench) -> list[Columns]:
                     "per_s": taken.per_s,
                 }
             )
-    return rows
+    return rows[::-1]
 
 
 def chart(rows: Iterable[Columns], title: str) -> str:
@@ -278,12 +283,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser.add_argument("--device", default=found)
+    parser.add_argument("--models", nargs="+", help="of the form's (default: all)")
     parser.add_argument("--draw", action="store_true", help="write docs/memory.DEVICE.svg")
     arguments = parser.parse_args()
     kind = arguments.device.partition(":")[0]
     form = FORMS[kind]
     rows = []
     for name, batch_size in form.models:
+        if name not in (arguments.models or [name]):
+            continue
         bench = Bench(name, batch_size, arguments.device, form.precision)
         rows += [within_budget(bench, budget) for budget in form.budgets_gib]
         limit_process(bench.clip.device, 1 << 50)
