@@ -108,6 +108,20 @@ def plan_upload(
     return UploadPlan(name=name, entry=entry, files=tuple(files))
 
 
+def prepare(
+    path: str | os.PathLike[str],
+    *,
+    name: str,
+    entry: str,
+    image_column: str,
+    reconnect_s: float,
+    told: Told,
+) -> Transfer:
+    """The transfer of `path`, ready to begin. Errors as of `plan_upload`."""
+    plan = plan_upload(path, name=name, entry=entry, image_column=image_column, told=told)
+    return Transfer(plan, reconnect_s=reconnect_s, told=told)
+
+
 class Transfer:
     """One upload: what to ask, what to send next, whether to go on after a failure."""
 

@@ -41,10 +41,15 @@ class AsyncDatasetCalls(AsyncConnection):
         another data set has this name, `DiskFullError` beyond the daemon's quota.
         """
         with transfer_bar(shown=progress) as told:
-            plan = await asyncio.to_thread(
-                uploads.plan_upload, path, name=name, entry=entry, image_column=image_column, told=told
+            transfer = await asyncio.to_thread(
+                uploads.prepare,
+                path,
+                name=name,
+                entry=entry,
+                image_column=image_column,
+                reconnect_s=reconnect_s,
+                told=told,
             )
-            transfer = uploads.Transfer(plan, reconnect_s=reconnect_s, told=told)
             while True:
                 try:
                     begun = await self._run(transfer.begin(), None)

@@ -39,8 +39,14 @@ class DatasetCalls(Connection):
         another data set has this name, `DiskFullError` beyond the daemon's quota.
         """
         with transfer_bar(shown=progress) as told:
-            plan = uploads.plan_upload(path, name=name, entry=entry, image_column=image_column, told=told)
-            transfer = uploads.Transfer(plan, reconnect_s=reconnect_s, told=told)
+            transfer = uploads.prepare(
+                path,
+                name=name,
+                entry=entry,
+                image_column=image_column,
+                reconnect_s=reconnect_s,
+                told=told,
+            )
             while True:
                 try:
                     begun = self._run(transfer.begin(), None)

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 # Not the working directory: a file of that name in it would be imported.
 _COMMAND: Final = (sys.executable, "-P", "-m", "cliptune_server.sampler")
 _INHERITED: Final = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+# A pool of threads for arithmetic reserves addresses for each core, which the limit of memory counts.
+_ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _LIMIT_S: Final = 60.0
 _MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
 _AT_A_TIME: Final = 2
@@ -70,7 +72,7 @@ class Previews:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
-            env={key: os.environ[key] for key in _INHERITED if key in os.environ},
+            env={**{key: os.environ[key] for key in _INHERITED if key in os.environ}, **_ONE_THREAD},
             start_new_session=True,
         )
         assert process.stdin is not None

@@ -76,39 +76,37 @@ def _table(root: Path, path: str, samples: int) -> Look:
     columns: list[str] = []
     rows = _jsonl(root / path, columns) if path.lower().endswith(".jsonl") else _csv(root / path, columns)
     chosen, count = spread(rows, samples)
-    order = [name for name in _USUAL if name in columns]
-    order += [name for name in columns if name not in order]
-    return Look(
-        columns=tuple(columns[:_MAX_COLUMNS]),
-        rows=count,
-        samples=tuple(
+    usual = [name for name in _USUAL if name in columns]
+    order = usual + [name for name in columns if name not in usual]
+    shown = columns[:_MAX_COLUMNS]
+    found = []
+    for number, cells in chosen:
+        row = dict(zip(columns, cells, strict=False))  # a row may have cells too few or too many
+        found.append(
             Row(
                 number=number,
-                fields={name: _short(row.get(name, "")) for name in columns[:_MAX_COLUMNS]},
+                fields={name: _short(row.get(name, "")) for name in shown},
                 picture=_find_picture(root, folder, [row.get(name, "") for name in order]),
             )
-            for number, row in chosen
-        ),
-    )
+        )
+    return Look(columns=tuple(shown), rows=count, samples=tuple(found))
 
 
-def _csv(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
+def _csv(path: Path, columns: list[str]) -> Iterator[list[str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t", restval="")
-        columns += rows.fieldnames or ()
-        for row in rows:
-            row.pop(None, None)  # cells beyond the header
-            yield row
+        rows = csv.reader(file, delimiter="," if path.suffix.lower() == ".csv" else "\t")
+        columns += next(rows, ())
+        yield from filter(None, rows)
 
 
-def _jsonl(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
+def _jsonl(path: Path, columns: list[str]) -> Iterator[list[str]]:
     with path.open(encoding="utf-8-sig") as file:
         for line in filter(str.strip, file):
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("a line is no object")
             columns += [name for name in row if name not in columns]
-            yield {name: _text(value) for name, value in row.items()}
+            yield [_text(row.get(name)) for name in columns]
 
 
 def _find_picture(root: Path, folder: Path, values: Sequence[str]) -> Picture | None:
