@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from cliptune.session import Session
     from cliptune.session_aio import AsyncSession
     from cliptune.spec import load_spec, spec_from_mapping, spec_to_mapping, validate_shape
+    from cliptune.study import TrialDone
     from cliptune.v1.spec_pb2 import JobSpec
 
 __version__ = "0.1.0"
@@ -148,6 +149,7 @@ __all__ = [
     "StateChange",
     "TensorError",
     "TextError",
+    "TrialDone",
     "UnauthenticatedError",
     "UnavailableError",
     "UnknownBody",
@@ -255,6 +257,7 @@ _NAMES: Final = {
         "spec_to_mapping",
         "validate_shape",
     ),
+    "study": ("TrialDone",),
     "v1.spec_pb2": ("JobSpec",),
 }
 _MODULE_OF: Final = {name: module for module, names in _NAMES.items() for name in names}

@@ -20,6 +20,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from cliptune.errors import CliptuneError, from_detail
 from cliptune.evaluation import Evaluation, evaluation_from_message
+from cliptune.study import TrialDone, trial_from_message
 from cliptune.v1 import error_pb2, job_pb2, spec_pb2
 
 
@@ -179,6 +180,7 @@ EventBody = (
     | CommandDone
     | ModelPublished
     | JobPlan
+    | TrialDone
     | UnknownBody
 )
 
@@ -222,6 +224,8 @@ class Job:
     """Published model, "NAME:VERSION". Empty until then."""
     queue_position: int
     """1 is next. 0: not queued."""
+    trials: tuple[TrialDone, ...]
+    """Of a study: those that have ended, in the order of their ends."""
     spec: spec_pb2.JobSpec = field(repr=False)
     message: job_pb2.Job = field(repr=False, compare=False)
 
@@ -253,6 +257,7 @@ def job_from_message(message: job_pb2.Job) -> Job:
         plan=_plan(message.plan) if message.HasField("plan") else None,
         model=message.model,
         queue_position=message.queue_position,
+        trials=tuple(trial_from_message(trial) for trial in message.trials),
         spec=message.spec,
         message=message,
     )
@@ -297,6 +302,8 @@ def _body(event: job_pb2.JobEvent) -> EventBody:
             return ModelPublished(name=made.name, version=made.version, aliases=tuple(made.aliases))
         case "plan":
             return _plan(event.plan)
+        case "trial":
+            return trial_from_message(event.trial)
         case _:
             return UnknownBody()
 

@@ -16,6 +16,7 @@ from cliptune.job import (
     StateChange,
     UnknownBody,
 )
+from cliptune.study import TrialDone, trial_lines
 
 
 def describe(event: JobEvent) -> list[str]:
@@ -51,6 +52,8 @@ def describe(event: JobEvent) -> list[str]:
             return [f"published {body.name}:{body.version}{aliases}"]
         case JobPlan():
             return plan_lines(body)
+        case TrialDone():
+            return trial_lines(body)
         case UnknownBody():
             return []
 

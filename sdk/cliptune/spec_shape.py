@@ -145,6 +145,9 @@ RULES: Final[dict[str, Rule]] = {
     "resources.threads": Range(1, 1024),
     "resources.max_retries": Range(0, 100),
     "resources.memory_gib": Range(0, open_low=True),
+    "tune.max_trials": _AT_LEAST_ONE,
+    "tune.budget_seconds": Range(0),
+    "tune.parallel": Range(1, 64),
 }
 LABEL_PLACE: Final = "{label}"
 REQUIRED: Final = ("name", "model.name", "data.train")

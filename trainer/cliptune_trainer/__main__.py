@@ -106,11 +106,16 @@ def _prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
 def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> None:
     """What is wrong with the job ends it; a crash is left to the caller, and to the daemon's retries."""
     try:
-        # Read by torch at its first use of the device.
-        prepare_process("auto", host())
-        from cliptune_trainer.run import run
+        if job.message().HasField("tune"):
+            from cliptune_trainer.tuning.runner import run_study
 
-        ending = run(job, roots, reporter, inbox, linked=linked)
+            ending = run_study(job, reporter, inbox)
+        else:
+            # Read by torch at its first use of the device.
+            prepare_process("auto", host())
+            from cliptune_trainer.run import run
+
+            ending = run(job, roots, reporter, inbox, linked=linked)
     except CliptuneError as error:
         reporter.finished(trainer_pb2.OUTCOME_FAILED, error)
     else:

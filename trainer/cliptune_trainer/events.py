@@ -6,7 +6,7 @@ Enters: plain values. Leaves: journaled `JobEvent`s. Called by the loop and by p
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from cliptune.errors import CliptuneError, to_detail
@@ -36,6 +36,25 @@ class Reporter:
     def evaluation(self, step: int, occasion: str, measured: Measurement, pictures: Sequence[str]) -> None:
         """What was measured at a step; `pictures` are paths in the job's folder."""
         self._journal.append(job_pb2.JobEvent(evaluation=measured.told(step, occasion, pictures)))
+
+    def trial(
+        self,
+        number: int,
+        job_id: str,
+        settings: Mapping[str, str],
+        *,
+        outcome: str,
+        value: float | None,
+        best: bool,
+        error: CliptuneError | None,
+    ) -> None:
+        """A study's trial has ended; see `TrialDone`."""
+        done = job_pb2.TrialDone(
+            number=number, job_id=job_id, settings=settings, outcome=outcome, value=value, best=best
+        )
+        if error is not None:
+            done.error.CopyFrom(to_detail(error))
+        self._journal.append(job_pb2.JobEvent(trial=done))
 
     def checkpoint(self, step: int, size_bytes: int) -> None:
         """A checkpoint is whole on disk."""

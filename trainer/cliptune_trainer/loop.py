@@ -246,6 +246,8 @@ class Training:
     def _checkpoint_due(self) -> bool:
         if self._saved_step == self._step or self._step == 0:
             return False
+        if self._step == self._total_steps and not self._spec.publishes:
+            return False  # nothing will be done with it
         every = self._spec.checkpoint.every_steps or self._steps_per_epoch
         return self._step % every == 0 or self._step == self._total_steps
 
@@ -299,6 +301,8 @@ class Training:
         restore_random_state(self._clip.device, state.counters["random"], state.tensors)
 
     def _export(self) -> Ending:
+        if not self._spec.publishes:
+            return Ending(outcome=trainer_pb2.OUTCOME_SUCCEEDED)
         with tracer().start_as_current_span("export"):
             error = attempt_write(self._write_export)
         if error and (ending := self._hold(error, self._write_export)):

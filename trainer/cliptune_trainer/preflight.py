@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -43,6 +43,8 @@ from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepOutOfMemoryError
 from cliptune_trainer.teacher import StartingModel
+from cliptune_trainer.tuning.space import check_measured, space_choices, space_of
+from cliptune_trainer.tuning.space_file import write_space
 
 # The timed step is a small one, scaled up: preparation must not take long.
 _TIMED_PAIRS: Final = 16
@@ -87,9 +89,23 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
     with tracer().start_as_current_span("prepare.measure"):
         # Another device is left alone: another job may be at work there.
         step_s = _try_out(spec, dataset, clip, decisions, execution) if on_cpu else 0.0
+    plan = _plan(layers, spec, dataset, clip, decisions, execution, scale, step_s)
+    if spec.tune is not None:
+        classes = len(decisions.classes)
+        check_measured(spec.tune, validation_rows=len(dataset.validation), classes=classes)
+        dimensions = space_of(layers.spec, spec, decisions.learning_rate)
+        write_space(job.study, dimensions)
+        plan.decisions.extend(_told(space_choices(dimensions)))
     for remark in decisions.remarks:
         reporter.notice(remark.code, remark.message, warning=remark.warning)
-    reporter.plan(_plan(layers, spec, dataset, clip, decisions, execution, scale, step_s))
+    reporter.plan(plan)
+
+
+def _told(choices: Iterable[Choice]) -> list[job_pb2.Decision]:
+    return [
+        job_pb2.Decision(subject=choice.subject, choice=choice.value, reason=choice.reason)
+        for choice in choices
+    ]
 
 
 def _plan(
@@ -126,10 +142,7 @@ def _plan(
         parameters=sum(parameter.numel() for parameter in clip.model.parameters()),
         estimated_memory_bytes=plan.estimated_bytes,
         estimated_seconds=seconds,
-        decisions=[
-            job_pb2.Decision(subject=choice.subject, choice=choice.value, reason=choice.reason)
-            for choice in (*domain_choices(layers), *decisions.choices, *execution.choices, scale)
-        ],
+        decisions=_told((*domain_choices(layers), *decisions.choices, *execution.choices, scale)),
         bad_rows=len(dataset.bad),
         micro_batch_size=plan.micro_batch_size,
         attention=plan.attention,

@@ -21,6 +21,7 @@ from cliptune.evaluation_lines import CLASS_HEAD, METRIC_HEAD, class_rows, inter
 from cliptune.job import CommandReceipt, Job, JobState
 from cliptune.lines import plan_lines
 from cliptune.progress import progress_numbers
+from cliptune.study import TRIAL_HEAD, trial_rows
 
 
 def _list(client: Client, options: argparse.Namespace) -> int:
@@ -46,6 +47,8 @@ def _show(client: Client, options: argparse.Namespace) -> int:
         print(f"place in the queue: {job.queue_position}")
     if job.plan is not None:
         print("\n".join(plan_lines(job.plan)))
+    if job.trials:
+        print_table(TRIAL_HEAD, trial_rows(job.trials))
     if job.progress is not None:
         print(progress_numbers(job.progress))
     _print_evaluation(job)

@@ -26,6 +26,17 @@ _STATES: Final = {
     if value.number
 }
 
+_STUDY_TYPES: Final = {
+    "best.toml": "application/toml",
+    "trials.csv": "text/csv",
+    "study.html": "text/html",
+}
+# The page's own scripts move its plots; they reach nothing else of this origin.
+_STUDY_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox allow-scripts",
+    "Cache-Control": "no-cache",
+}
 # A later evaluation of the same step draws it anew.
 _PICTURE_HEADERS: Final = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
@@ -135,8 +146,27 @@ async def job_picture(
     ],
 ) -> Response:
     """The confusion matrix after training or a requested evaluation."""
-    content = await context_of(request).jobs.picture(job_id, name)
+    content = await context_of(request).jobs.artifact(job_id, "pictures", name)
     return Response(content, media_type="image/png", headers=_PICTURE_HEADERS)
+
+
+@router.get(
+    "/{job_id}/study/{name}",
+    summary="What a study has left",
+    response_class=Response,
+    responses={
+        200: {"content": {kind: {} for kind in _STUDY_TYPES.values()}, "description": "A file."},
+        **problems(404),
+    },
+)
+async def study_file(
+    request: Request,
+    job_id: JobId,
+    name: Annotated[str, Path(description="One of " + ", ".join(_STUDY_TYPES), examples=["best.toml"])],
+) -> Response:
+    """The best settings as a spec, all trials as a table, the plots as a page: when the study has ended."""
+    content = await context_of(request).jobs.artifact(job_id, "study", name)
+    return Response(content, media_type=_STUDY_TYPES[name], headers=_STUDY_HEADERS)
 
 
 @router.delete("/{job_id}", summary="Delete a job", status_code=204, responses=problems(404, 409))

@@ -295,7 +295,8 @@ class Dispatcher:
                 )
         if verdict.publish and ending.finished is not None:
             self.schedule()
-            await self._publish(job, attempt, job.folder.export_path(ending.finished.export_path))
+            exported = ending.finished.export_path
+            await self._publish(job, attempt, job.folder.export_path(exported) if exported else None)
         elif verdict.state == JOB_STATE_UNSPECIFIED:
             self.prepare(job)
         self.schedule()
@@ -312,11 +313,12 @@ class Dispatcher:
             events.append(notice_event(CRASH_NOTICE, message))
         return events
 
-    async def _publish(self, job: LiveJob, attempt: int, export_dir: Path) -> None:
+    async def _publish(self, job: LiveJob, attempt: int, export_dir: Path | None) -> None:
+        """`export_dir` None: the job makes no model; it has only to be ended."""
         message = job.record.message
         published: list[job_pb2.JobEvent] = []
         try:
-            if not message.model:
+            if not message.model and export_dir is not None:
                 work = self._publisher.publish(
                     job.id, message.spec.publish, export_dir, dict(message.evaluation.metrics)
                 )

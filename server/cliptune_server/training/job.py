@@ -38,6 +38,9 @@ DEFAULT_MAX_RETRIES: Final = 2
 # An inference that needs more is no interlude: pause the job.
 LONGEST_YIELD_S: Final = 60.0
 
+# Where a study runs: it holds no device, so that any number may run beside each other and their trials.
+NO_DEVICE: Final = "none"
+
 FINAL_STATES: Final = frozenset({JOB_STATE_SUCCEEDED, JOB_STATE_FAILED, JOB_STATE_CANCELLED})
 
 # PAUSED follows PAUSED where a trainer that held its device (a full disk) is gone now.
@@ -166,7 +169,9 @@ class JobRecord:
 
     @property
     def device(self) -> str:
-        """Whose slot the job needs: "cpu", "mps", "cuda:0"."""
+        """Whose slot the job needs: "cpu", "mps", "cuda:0"; "none" for a study."""
+        if self.message.spec.HasField("tune"):
+            return NO_DEVICE
         device = self.message.plan.device or "cpu"
         return "cuda:0" if device == "cuda" else device
 
@@ -188,6 +193,8 @@ class JobRecord:
                 job.evaluation.CopyFrom(event.evaluation)
             case "plan":
                 job.plan.CopyFrom(event.plan)
+            case "trial":
+                job.trials.add().CopyFrom(event.trial)
             case "published":
                 job.model = f"{event.published.name}:{event.published.version}"
             case "notice":

@@ -10,7 +10,7 @@ thread.
     journal/        0000.jsonl preparation, 0001.jsonl first attempt …, written by the trainer only
     trainer.lock    flock held by the living trainer; its JSON tells which launch that is
     trainer.log     what the trainer printed
-    checkpoints/    export/    pictures/
+    checkpoints/    export/    pictures/    study/
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from cliptune_server.home import write_json
 _LOG_END_BYTES: Final = 4_000
 _LOG_END_LINES: Final = 20
 _PICTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.png")
+STUDY_FILES: Final = ("best.toml", "trials.csv", "study.html")
+"""What a study leaves for people."""
 
 
 class CorruptJobError(Exception):
@@ -104,12 +106,16 @@ class JobFolder:
         """The exported model, named by the trainer relative to the folder."""
         return self.root / (relative or "export")
 
-    def picture(self, name: str) -> bytes | None:
-        """A PNG that the trainer drew. None: there is none of this name."""
-        if not _PICTURE.fullmatch(name):
+    def artifact(self, kind: str, name: str) -> bytes | None:
+        """A file that the trainer has left for people; None: there is none of this name.
+
+        "pictures": any PNG. "study": `STUDY_FILES`.
+        """
+        named = _PICTURE.fullmatch(name) is not None if kind == "pictures" else name in STUDY_FILES
+        if kind not in ("pictures", "study") or not named:
             return None
         try:
-            descriptor = os.open(self.root / "pictures" / name, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(self.root / kind / name, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError:  # gone, or a link, which the trainer never makes
             return None
         with os.fdopen(descriptor, "rb") as file:

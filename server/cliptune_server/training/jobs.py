@@ -167,13 +167,13 @@ class Jobs:
             raise JobNotFoundError(f"there is no job {job_id!r}", job_id=job_id)
         return message
 
-    async def picture(self, job_id: str, name: str) -> bytes:
-        """A PNG of one of the job's evaluations. `JobNotFoundError`, `NotFoundError`."""
+    async def artifact(self, job_id: str, kind: str, name: str) -> bytes:
+        """A file that the job has left for people, see `JobFolder.artifact`. Raises `NotFoundError`."""
         await self.get(job_id)
         folder = JobFolder(self._home.jobs_dir / job_id)
-        content = await asyncio.get_running_loop().run_in_executor(self._threads, folder.picture, name)
+        content = await asyncio.get_running_loop().run_in_executor(self._threads, folder.artifact, kind, name)
         if content is None:
-            raise NotFoundError(f"the job {job_id!r} has no picture {name!r}")
+            raise NotFoundError(f"the job {job_id!r} has no {kind}/{name}")
         return content
 
     async def list(self, request: training_pb2.ListJobsRequest) -> training_pb2.ListJobsResponse:

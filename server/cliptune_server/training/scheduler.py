@@ -1,4 +1,5 @@
-"""Who runs next: a queue a device, one running job on each. Pure: the order follows from the jobs' events.
+"""Who runs next: a queue a device, one running job on each; studies hold none. Pure: the order follows from
+the jobs' events.
 
 Enters: jobs that wait with their device and ticket, devices taken and given back. Leaves: which jobs to
 start now. Called by `jobs.py`, which fills it again after a restart.
@@ -9,6 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from cliptune_server.training.job import NO_DEVICE
 
 
 class _Place(NamedTuple):
@@ -55,7 +58,7 @@ class Scheduler:
         taken = set(self._running.values())
         started = []
         for waiting in self._in_order():
-            if waiting.device not in taken:
+            if waiting.device == NO_DEVICE or waiting.device not in taken:
                 taken.add(waiting.device)
                 self.occupy(waiting.job_id, waiting.device)
                 started.append(waiting.job_id)
@@ -74,7 +77,7 @@ class Scheduler:
         return dict(Counter(waiting.device for waiting in self._waiting.values()))
 
     def running_by_device(self) -> dict[str, int]:
-        """Devices in use."""
+        """Devices in use; under "none" the studies."""
         return dict(Counter(self._running.values()))
 
     def _in_order(self) -> list[Waiting]:
