@@ -78,7 +78,7 @@ def test_what_a_spec_says_holds_over_its_domain_and_the_domain_over_the_defaults
     assert found.origins["loss.name"] == "domain medical"
     assert found.origins["train.warmup_fraction"] == "default"
     assert list(found.origins) == set_paths(found.spec)
-    assert found.from_domain() == ["data.augment", "loss.name"]
+    assert found.from_domain() == ["data.augment", "loss.name", "evaluation.main_metric"]
 
 
 def test_without_a_domain_only_defaults_are_added() -> None:

@@ -216,6 +216,7 @@ def test_a_plan_tells_the_whole_spec_as_it_will_run_and_what_the_domain_brought(
     assert plan.spec.train.batch_size == plan.batch_size
     assert [entry.label for entry in plan.spec.evaluation.classes] == ["blue", "green", "red"]
     assert "a cropped photo of the blue." in plan.spec.evaluation.classes[0].prompts
+    assert plan.spec.evaluation.main_metric == "zero_shot/average_precision"
     assert plan.spec.publish.model == "job"
     told = {made.subject: made for made in plan.decisions}
     assert told["data.augment"].choice.startswith("flip_horizontal, flip_vertical, crop_min_area 0.9")
@@ -228,6 +229,18 @@ def test_a_plan_tells_the_whole_spec_as_it_will_run_and_what_the_domain_brought(
     (again.path / "spec.json").write_text(_json(plan.spec))
     rerun = plan_of(again)
     assert rerun.spec == plan.spec
+
+
+def test_what_a_domain_would_rather_measure_gives_way_where_there_are_no_labels(make_job: MakeJob) -> None:
+    job = make_job(data={"augmentation": "", "label_column": ""})
+    file = job.path / "spec.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps({**written, "domain": "industrial"}))
+    assert plan_of(job).spec.evaluation.main_metric == "retrieval/image_to_text_recall@1"
+    insisting = {**written, "evaluation": {"main_metric": "zero_shot/average_precision"}}
+    file.write_text(json.dumps(insisting))
+    with pytest.raises(SpecError, match="which the labels of the validation rows do not tell"):
+        plan_of(job)
 
 
 def _json(message: Any) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from cliptune.domains import recipe
 from cliptune.errors import DataError
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
@@ -125,7 +126,14 @@ def decide(
                 warning=False,
             )
         )
-    judging = decide_judging(spec.evaluation, dataset, several_labels=bool(spec.data.label_separator))
+    # What the domain would rather measure gives way where the data cannot tell it; what the job asks, not.
+    wished = recipe(spec.domain).evaluation.main_metric if spec.domain else ""
+    judging = decide_judging(
+        spec.evaluation,
+        dataset,
+        several_labels=bool(spec.data.label_separator),
+        insist=spec.evaluation.main_metric != wished,
+    )
     choices += judging.choices
     remarks += judging.remarks
     return Decisions(

@@ -30,17 +30,20 @@ class Judging:
     remarks: tuple[Remark, ...]
 
 
-def decide_judging(config: EvaluationConfig, dataset: Dataset, *, several_labels: bool) -> Judging:
+def decide_judging(
+    config: EvaluationConfig, dataset: Dataset, *, several_labels: bool, insist: bool = True
+) -> Judging:
     """Settles the classes and the main metric.
 
     Raises:
-        SpecError: no label of the data is among the spec's classes, or its main metric cannot be measured.
+        SpecError: no label of the data is among the spec's classes, or its main metric cannot be measured and
+            the job insists on it.
     """
     choices: list[Choice] = []
     classes = _classes(config, dataset.labels, choices)
     truth = Truth.of(dataset.validation, classes, several_labels=several_labels)
     remarks = _about_labels(config, dataset, classes, truth)
-    main_metric = _main_metric(config.main_metric, truth, choices) if len(dataset.validation) else ""
+    main_metric = _main_metric(config.main_metric, truth, choices, insist) if len(dataset.validation) else ""
     return Judging(classes=classes, main_metric=main_metric, choices=tuple(choices), remarks=tuple(remarks))
 
 
@@ -86,17 +89,17 @@ def _about_labels(
     return remarks
 
 
-def _main_metric(wanted: str, truth: Truth, choices: list[Choice]) -> str:
+def _main_metric(wanted: str, truth: Truth, choices: list[Choice], insist: bool) -> str:
     measurable = truth.measurable()
-    if wanted:
-        possible = [name for name in MAIN_METRICS if name in measurable or name.startswith("retrieval/")]
-        if wanted not in possible:
-            raise wrong(
-                "evaluation.main_metric",
-                f"{wanted!r}, which the labels of the validation rows do not tell",
-                ", ".join(possible),
-            )
+    possible = [name for name in MAIN_METRICS if name in measurable or name.startswith("retrieval/")]
+    if wanted in possible:
         return wanted
+    if wanted and insist:
+        raise wrong(
+            "evaluation.main_metric",
+            f"{wanted!r}, which the labels of the validation rows do not tell",
+            ", ".join(possible),
+        )
     value, reason = (
         (AUROC, "the validation rows have labels")
         if AUROC in measurable

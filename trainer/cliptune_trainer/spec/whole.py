@@ -22,7 +22,7 @@ from cliptune_trainer.spec.tune import TuneConfig, tune_config
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spec:
-    """A whole job, checked."""
+    """A whole job, checked. `domain`: whose recipe is in it already; empty: none."""
 
     name: str
     model: ModelSource
@@ -32,6 +32,7 @@ class Spec:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     resources: ResourceConfig = field(default_factory=ResourceConfig)
+    domain: str = ""
     publishes: bool = True
     tune: TuneConfig | None = None
     """A search: the job is a study."""
@@ -48,6 +49,7 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
         evaluation=evaluation_config(message.evaluation),
         checkpoint=checkpoint_config(message.checkpoint),
         resources=resources_config(message.resources),
+        domain=message.domain,
         publishes=not message.publish.skip,
         tune=tune_config(message.tune) if message.HasField("tune") else None,
     )
