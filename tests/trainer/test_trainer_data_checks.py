@@ -181,7 +181,9 @@ def test_mixed_bit_depths_are_noticed_with_the_first_row_of_each(folder: Path, c
     Image.fromarray(deep).save(folder / "deep.png")
     Image.fromarray(deep.T.copy()).save(folder / "deeper.tif")
     table = write(folder, "image,caption", "0.png,a", "deep.png,b", "1.png,c", "deeper.tif,d")
-    told = remarks(read(table), clip)["mixed-bit-depths"]
+    dataset = read(table)
+    told = remarks(dataset, clip)["mixed-bit-depths"]
+    assert "2 images not of 8 bits" in remarks(dataset, clip)["deep-images"]
     assert f"2 are 8-bit (the first is row 1 of {table})" in told
     assert f"2 are 16-bit (the first is row 2 of {table})" in told
     same = write(folder, "image,caption", "deep.png,b", "deeper.tif,d", name="deep.csv")

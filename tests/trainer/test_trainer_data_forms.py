@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from google.protobuf import json_format
 from PIL import Image
 
 from cliptune.errors import ConflictError, DataError, MissingColumnError, PathOutsideRootsError, SpecError
 from cliptune.internal.v1 import trainer_pb2
+from cliptune.spec_shape import validate_shape
+from cliptune.v1 import spec_pb2
 from cliptune_model.clip import Clip
+from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.row_groups import RowGroups
 from cliptune_trainer.data.source import ParquetCell
-from cliptune_trainer.spec import DataConfig
+from cliptune_trainer.spec import DataConfig, from_proto
 from tests.trainer.batches import same
 from tests.trainer.conftest import MakeJob
 
@@ -30,9 +36,9 @@ ANYWHERE = DataRoots()
 COLOURS = ("red", "green", "blue")
 
 
-def read(train: Path | str, *, names: Mapping[str, str] | None = None, **options: Any) -> Dataset:
+def read(train: Path | str, *, wording: Wording | None = None, **options: Any) -> Dataset:
     config = DataConfig(train=str(train), **{"validation_fraction": 0.0, **options})
-    return read_dataset(config, ANYWHERE, seed=0, label_names=names)
+    return read_dataset(config, ANYWHERE, seed=0, wording=wording or Wording())
 
 
 def captions(dataset: Dataset) -> list[tuple[int, str]]:
@@ -127,7 +133,12 @@ def test_rows_without_a_caption_get_one_from_their_labels(folder: Path) -> None:
     (folder / "rows.csv").write_text("\n".join(lines))
     options: dict[str, Any] = {"label_column": "label", "label_separator": "|"}
     templates = ("a {label} tile", "{label}, a tile")
-    dataset = read(folder / "rows.csv", caption_templates=templates, names={"green": "leaf green"}, **options)
+    dataset = read(
+        folder / "rows.csv",
+        caption_templates=templates,
+        wording=Wording(names={"green": "leaf green"}),
+        **options,
+    )
     assert captions(dataset) == [
         (1, "a tile by hand"),
         (2, "a leaf green and round tile"),
@@ -182,7 +193,7 @@ def class_folders(tiles: Path, folder: Path, splits: Sequence[str] = ("",)) -> P
 
 
 def test_a_folder_of_class_folders_is_a_data_set(tiles: Path, tmp_path: Path) -> None:
-    dataset = read(class_folders(tiles, tmp_path), names={"red": "crimson"})
+    dataset = read(class_folders(tiles, tmp_path), wording=Wording(names={"red": "crimson"}))
     assert dataset.labels == sorted(COLOURS)
     assert len(dataset.train) == 12
     found = {pair.label: pair.caption for pair in dataset.train.pairs}
@@ -193,6 +204,10 @@ def test_a_folder_of_class_folders_is_a_data_set(tiles: Path, tmp_path: Path) ->
     }
     assert [pair.row for pair in dataset.train.pairs] == list(range(1, 13))
     assert dataset.train.pairs[0].reference == "blue/more/tile 11.PNG"
+    prompts = Wording(templates=("a scan of {label}", "{label}"))
+    assert read(tmp_path, wording=prompts).train.pairs[0].variants == ("a scan of blue", "blue")
+    given = read(tmp_path, wording=prompts, caption_templates=("all {label}",))
+    assert given.train.pairs[0].caption == "all blue"
 
 
 @pytest.mark.parametrize(
@@ -212,15 +227,11 @@ def test_folders_named_train_and_test_leave_validation_rows_to_be_chosen(tiles: 
 
 
 def test_a_folder_that_is_no_data_set_says_what_it_holds(tiles: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no \.tar shards, no \.parquet files"):
+    with pytest.raises(DataError, match=r"holds no \.tar shards, no \.parquet files and no images"):
         read(tmp_path)
     (tmp_path / "images").mkdir()
     shutil.copy(tiles / "0.png", tmp_path / "images")
     with pytest.raises(DataError, match=r"1 of them \(images\); if a table names the images"):
-        read(tmp_path)
-    shutil.rmtree(tmp_path / "images")
-    (tmp_path / "captions.csv").write_text("image,caption\n")
-    with pytest.raises(DataError, match=r"data\.train may be a table in it: captions\.csv"):
         read(tmp_path)
     (tmp_path / "data-00000-of-00001.arrow").write_bytes(b"ARROW1")
     with pytest.raises(DataError, match="to_parquet"):
@@ -377,4 +388,19 @@ def test_a_job_trains_on_16_bit_images_in_class_folders(make_job: MakeJob, tmp_p
     job = make_job(root=tmp_path, data=data, train={"epochs": 2, "batch_size": 8})
     job.run("run", 1)
     assert job.outcome(1).outcome == trainer_pb2.OUTCOME_SUCCEEDED
-    assert not job.notices(1)
+    assert "3000" in job.notices(1)["deep-images"]
+    assert "mixed-bit-depths" not in job.notices(1)
+
+
+# -- the guide
+
+
+def test_every_example_of_the_guide_is_a_spec_that_is_obeyed() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^```toml\n(.*?)^```", guide, flags=re.DOTALL | re.MULTILINE)
+    assert len(examples) == 4
+    for example in examples:
+        parts = {"name": "guide", "model": {"name": "cliptune-test-vit"}, **tomllib.loads(example)}
+        spec = json_format.ParseDict(parts, spec_pb2.JobSpec())
+        validate_shape(spec)
+        assert from_proto(spec).data.train == parts["data"]["train"]

@@ -26,6 +26,7 @@ from cliptune_model.choice import Choice
 from cliptune_model.chosen_similarity import tell_similarity
 from cliptune_model.clip import Clip, build
 from cliptune_trainer.contract import try_own_code
+from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
@@ -63,7 +64,7 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
             spec.data,
             DataRoots(roots),
             seed=spec.train.seed,
-            label_names=spec.evaluation.label_names,
+            wording=Wording(names=spec.evaluation.label_names, templates=spec.evaluation.prompt_templates),
             cache=job.path,
         )
         write_atomically(job.findings, json.dumps(dataset.findings.store()).encode())

@@ -16,6 +16,7 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
+from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
 from cliptune_trainer.data.roots import DataRoots
@@ -41,7 +42,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         spec.data,
         DataRoots(roots),
         seed=spec.train.seed,
-        label_names=spec.evaluation.label_names,
+        wording=Wording(names=spec.evaluation.label_names, templates=spec.evaluation.prompt_templates),
         known=known,
         cache=job.path,
     )

@@ -1,1 +1,1 @@
-"""From table files to batches: rows, split, augmentation, loader."""
+"""From data sets of any form to batches: rows, split, reading, augmentation, loader."""

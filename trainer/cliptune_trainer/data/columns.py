@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -27,6 +28,20 @@ SPLITS: Final = {"train": "train", "val": "val", "validation": "val", "valid": "
 Value: TypeAlias = str | Sequence[str]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wording:
+    """How labels are put into words where a row has no caption.
+
+    Attributes:
+        names: what labels are called.
+        templates: of the captions of a folder of images, unless the spec gives other ones: those of the
+            prompts, so that training and evaluation say the same (FLYP; Goyal et al. 2023, section 3).
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    templates: tuple[str, ...] = DEFAULT_TEMPLATES
+
+
 class UnusableRow(Exception):  # noqa: N818 - says why, and goes no further
     """Why a row is left out."""
 
@@ -36,21 +51,21 @@ class Columns:
 
     Args:
         config: names them.
-        label_names: what labels are called in captions made from them.
+        wording: of captions made from labels.
         captions_from_labels: rows have no captions of their own, as in a folder of images.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        label_names: Mapping[str, str] | None = None,
+        wording: Wording,
         *,
         captions_from_labels: bool = False,
     ) -> None:
-        self._config, self._label_names = config, label_names or {}
+        self._config, self._label_names = config, wording.names
         templates = config.caption_templates
         if captions_from_labels and not templates:
-            templates = DEFAULT_TEMPLATES
+            templates = wording.templates
         self._templates = templates
         # Rows of the same labels share their captions.
         self._from_labels = lru_cache(maxsize=None)(self._fill)

@@ -8,13 +8,15 @@ N: pairs of a split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from cliptune.errors import DataError
+from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.duplicates import join_duplicates
 from cliptune_trainer.data.findings import Findings, examine, fingerprints
 from cliptune_trainer.data.forms import read_table
@@ -25,6 +27,8 @@ from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group, split_by_name
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig
+
+_PLAIN: Final = Wording()
 
 
 class Pairs:
@@ -86,7 +90,7 @@ def read_dataset(
     roots: DataRoots,
     *,
     seed: int,
-    label_names: Mapping[str, str] | None = None,
+    wording: Wording = _PLAIN,
     known: Findings | None = None,
     cache: Path | None = None,
 ) -> Dataset:
@@ -96,7 +100,7 @@ def read_dataset(
         config: the data part of the spec.
         roots: folders that may be read.
         seed: of the split.
-        label_names: what labels are called in captions made from them.
+        wording: of captions made from labels.
         known: what an earlier examination found; images are not opened again if the files are still the same.
         cache: folder where an index of shards is kept.
 
@@ -106,7 +110,7 @@ def read_dataset(
         MissingColumnError, PathOutsideRootsError, ConflictError: see `read_table`.
     """
     tables = [
-        read_table(path, config, roots, label_names=label_names, cache=cache)
+        read_table(path, config, roots, wording=wording, cache=cache)
         for path in (config.train, config.validation)
         if path
     ]

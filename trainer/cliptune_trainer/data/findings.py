@@ -59,10 +59,10 @@ class Findings:
         return cls(
             tables=dict(stored["tables"]),
             unreadable=_by_row(stored["unreadable"]),
-            contents=_by_row(stored["contents"]),
+            contents=_by_row(stored.get("contents", {})),
             depths={
                 path: {depth: (count, row) for depth, (count, row) in depths.items()}
-                for path, depths in stored["depths"].items()
+                for path, depths in stored.get("depths", {}).items()
             },
         )
 

@@ -5,14 +5,13 @@ Enters: what a spec names. Leaves: a `Table`. Called by `dataset`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Columns
+from cliptune_trainer.data.columns import Columns, Wording
 from cliptune_trainer.data.delimited import read_delimited
-from cliptune_trainer.data.image_folder import holds_images, read_image_folder
+from cliptune_trainer.data.image_folder import IMAGE_SUFFIXES, read_image_folder
 from cliptune_trainer.data.json_lines import read_json_lines
 from cliptune_trainer.data.parquet import read_parquet
 from cliptune_trainer.data.roots import DataRoots
@@ -22,7 +21,7 @@ from cliptune_trainer.spec import DataConfig
 
 _SHARDS: Final = (".tar", ".tar.gz", ".tgz")
 _JSON_LINES: Final = (".jsonl", ".ndjson")
-_TABLES: Final = (".csv", ".tsv", ".tab", *_JSON_LINES)
+_PLAIN: Final = Wording()
 
 
 def read_table(
@@ -30,7 +29,7 @@ def read_table(
     config: DataConfig,
     roots: DataRoots,
     *,
-    label_names: Mapping[str, str] | None = None,
+    wording: Wording = _PLAIN,
     cache: Path | None = None,
 ) -> Table:
     """Reads and checks the rows of a data set of any form.
@@ -39,7 +38,7 @@ def read_table(
         path: a file, a pattern of shards or parquet files, or a folder.
         config: names the columns.
         roots: folders that may be read.
-        label_names: what labels are called in captions made from them.
+        wording: of captions made from labels.
         cache: folder where an index of shards is kept.
 
     Raises:
@@ -48,8 +47,7 @@ def read_table(
         PathOutsideRootsError: it, or an image in it, lies outside the roots.
         ConflictError: the package that reads such files is not installed.
     """
-    names = label_names or {}
-    columns = Columns(config, names)
+    columns = Columns(config, wording)
     lower = path.lower()
     if lower.endswith(_SHARDS):
         return read_shards(path, config, columns, roots, cache)
@@ -60,23 +58,16 @@ def read_table(
     folder = roots.table(path)
     if not folder.is_dir():
         return read_delimited(path, config, columns, roots)
-    if _any(folder.rglob("*.tar")):
+    suffixes = {file.suffix.lower() for file in folder.rglob("*")}
+    if ".tar" in suffixes:
         return read_shards(path, config, columns, roots, cache)
-    if _any(folder.rglob("*.parquet")):
+    if ".parquet" in suffixes:
         return read_parquet(path, config, columns, roots)
-    if _any(folder.rglob("*.arrow")):
+    if ".arrow" in suffixes:
         raise DataError(
             f"{folder} was written by save_to_disk (.arrow files): write it with to_parquet instead",
             file=folder,
         )
-    if holds_images(folder):
-        return read_image_folder(folder, config, names, roots)
-    tables = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _TABLES)
-    hint = f"; data.train may be a table in it: {', '.join(tables[:5])}" if tables else ""
-    raise DataError(
-        f"{folder} holds no .tar shards, no .parquet files, and no folders of images{hint}", file=folder
-    )
-
-
-def _any(found: Iterator[Path]) -> bool:
-    return next(found, None) is not None
+    if not suffixes.isdisjoint(IMAGE_SUFFIXES):
+        return read_image_folder(folder, config, wording, roots)
+    raise DataError(f"{folder} holds no .tar shards, no .parquet files and no images", file=folder)

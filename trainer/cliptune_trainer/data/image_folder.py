@@ -8,37 +8,24 @@ Images are named here, not opened.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from cliptune.errors import DataError, SpecError
-from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow
+from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow, Wording
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig
 
-_SUFFIXES: Final = (
+IMAGE_SUFFIXES: Final = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".dcm", ".dicom", ".fits", ".fit", ".fts"),
 )
 _LABEL: Final = "label"
 
 
-def holds_images(folder: Path) -> bool:
-    """Whether there is an image somewhere below a folder in it."""
-    return any(
-        file.suffix.lower() in _SUFFIXES
-        for child in sorted(folder.iterdir())
-        if child.is_dir()
-        for file in child.rglob("*")
-    )
-
-
-def read_image_folder(
-    folder: Path, config: DataConfig, label_names: Mapping[str, str], roots: DataRoots
-) -> Table:
+def read_image_folder(folder: Path, config: DataConfig, wording: Wording, roots: DataRoots) -> Table:
     """Finds the images. Hidden files and folders are left out; links are followed within the roots.
 
     Raises:
@@ -54,7 +41,7 @@ def read_image_folder(
                 path=f"data.{name}",
                 allowed="nothing, for a folder of images",
             )
-    columns = Columns(replace(config, label_column=_LABEL), label_names, captions_from_labels=True)
+    columns = Columns(replace(config, label_column=_LABEL), wording, captions_from_labels=True)
     top = sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
     names_split = bool(top) and all(child.name.lower() in SPLITS for child in top)
     digest = hashlib.sha256()
@@ -64,7 +51,7 @@ def read_image_folder(
     for file in sorted(folder.rglob("*")):
         parts = file.relative_to(folder).parts
         split, inner = (parts[0], parts[1:]) if names_split else ("", parts)
-        if any(part.startswith(".") for part in parts) or file.suffix.lower() not in _SUFFIXES:
+        if any(part.startswith(".") for part in parts) or file.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         image = roots.checked(file)
         if len(inner) < 2 or not image.is_file():

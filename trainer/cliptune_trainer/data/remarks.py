@@ -23,6 +23,7 @@ _MAX_TOKENISED: Final = 50_000
 _TEXTS_AT_ONCE: Final = 1024
 # Start, end, and what a tokeniser may put before the first word.
 _SPECIAL_TOKENS: Final = 3
+_ORDINARY: Final = "8-bit"
 
 
 def about_data(dataset: Dataset, clip: Clip) -> list[Remark]:
@@ -57,15 +58,23 @@ def _depths(dataset: Dataset) -> Iterator[Remark]:
     found: dict[str, tuple[int, str]] = {}
     for path, depths in dataset.findings.depths.items():
         for depth, (count, row) in depths.items():
-            counted, first = found.get(depth, (0, f"row {row} of {path}"))
-            found[depth] = (counted + count, first)
+            earlier, first = found.get(depth, (0, f"row {row} of {path}"))
+            found[depth] = (earlier + count, first)
+    if deep := sum(count for depth, (count, _) in found.items() if depth != _ORDINARY):
+        window = dataset.train.reading.window
+        yield Remark(
+            code="deep-images",
+            message=f"{counted(deep, 'image')} not of 8 bits, read with data.reading.window = {window!r}. A"
+            " served model takes pictures of 8 bits (of 16 the high byte): bring what you send it to 8 bits"
+            " in the same way",
+            warning=False,
+        )
     if len(found) > 1:
         told = [f"{count} are {depth} (the first is {first})" for depth, (count, first) in found.items()]
         yield Remark(
             code="mixed-bit-depths",
-            message=f"images are of several bit depths: {listed(told)}. Deeper ones are brought to 8 bits by"
-            f" data.reading.window = {dataset.train.reading.window!r}, 8-bit ones stay as they are: look"
-            " whether both look alike",
+            message=f"images are of several bit depths: {listed(told)}. Pictures of 8 bits stay as they are,"
+            " others are windowed: see that both look alike",
         )
 
 
