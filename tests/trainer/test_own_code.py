@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,14 @@ from cliptune.errors import PathOutsideRootsError, SpecError
 from cliptune_model import own_code
 from cliptune_model.similarity import SIMILARITIES, Similarity, SquaredEuclidean, similarity_for
 from cliptune_trainer.contract import try_loss, try_own_code, try_similarity
+from cliptune_trainer.events import Reporter
+from cliptune_trainer.journal import Journal
 from cliptune_trainer.losses.catalog import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.contrast import Contrast
 from cliptune_trainer.losses.own import declares
+from cliptune_trainer.preflight import prepare
+from tests.trainer.conftest import MakeJob
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "your-own-loss.md"
 DIM = 16
@@ -160,6 +165,18 @@ def test_an_installed_loss_goes_by_its_entry_point_and_may_need_labels(
     monkeypatch.syspath_prepend(os.fspath(site))
     assert "labelled 2.5" in own("labelled", weight=0.5)
     assert LossConfig(terms=(Term(name="labelled"),)).needs == {"labels"}
+
+
+def test_a_job_with_a_loss_that_breaks_promises_ends_while_it_is_prepared(
+    code: Path, make_job: MakeJob
+) -> None:
+    job = make_job(loss={"name": "broken.py:broken"}, model={"similarity": "squared_euclidean"})
+    with (
+        closing(Journal(job.folder.journal(0), 0)) as journal,
+        pytest.raises(SpecError, match=r"loss\.name: broken\.py:broken is not a loss"),
+    ):
+        prepare(job.folder, [job.root], Reporter(journal))
+    assert "plan" not in job.kinds(0)
 
 
 def test_a_stopped_gradient_is_allowed_where_it_is_declared() -> None:
