@@ -147,6 +147,12 @@ def test_a_spec_may_not_say_twice_how_images_change() -> None:
         spec(data={"augmentation": "flip", "augment": {"hue": 0.1}})
 
 
+def test_the_guide_names_every_domain_and_every_change_to_images() -> None:
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "domains.md").read_text(encoding="utf-8")
+    for name in (*NAMES, *spec_pb2.AugmentSpec.DESCRIPTOR.fields_by_name):
+        assert name in guide
+
+
 def run(*arguments: str) -> int:
     options: argparse.Namespace = build_parser({"domains": verb}).parse_args(["domains", *arguments])
     return verb.run(options)
