@@ -102,7 +102,12 @@ class Daemon:
                 on_change=self._on_engine,
             )
             registry = Registry(ModelFiles(home.models_dir), database)
-            models = Models(registry=registry, engines=engines, serving_path=home.serving_path)
+            models = Models(
+                registry=registry,
+                engines=engines,
+                serving_path=home.serving_path,
+                default_model=config.default_model,
+            )
             router = Router(engines, models.catalog, message_bytes=config.limits.message_bytes)
             stored_datasets = StoredDatasets(home.data_dir)
             jobs = Jobs(
@@ -165,6 +170,7 @@ class Daemon:
 
             log.info("stopping: jobs checkpoint, calls in flight are answered within %.0f s", config.grace_s)
             readiness.stop()
+            datasets.end_uploads()
 
             async def stop_jobs() -> None:
                 await jobs.stop(config.grace_s)

@@ -23,6 +23,7 @@ from cliptune.errors import (
     DiskFullError,
     InvalidInputError,
     NotFoundError,
+    UnavailableError,
 )
 from cliptune.v1 import data_pb2
 from cliptune_server.config import DatasetsConfig
@@ -39,6 +40,7 @@ Result = TypeVar("Result")
 DEFAULT_SAMPLES: Final = 8
 MAX_SAMPLES: Final = 64
 _THREADS: Final = 4
+_STOPPING: Final = "the daemon is stopping; the upload goes on from here when it is back"
 
 
 class Datasets:
@@ -57,6 +59,8 @@ class Datasets:
         self._users: Final = users
         self._previews: Final = previews or Previews()
         self._uploads: Final[dict[str, Upload]] = {}
+        self._receiving: Final[set[asyncio.Task[object]]] = set()
+        self._stopping: Final = asyncio.Event()
         self._threads: Final = ThreadPoolExecutor(_THREADS, thread_name_prefix="datasets")
         self._changing: Final = asyncio.Lock()
         """Held by whatever makes a name appear or go."""
@@ -67,6 +71,12 @@ class Datasets:
         for upload in await self._in_thread(lambda: list(reopen_all(root))):
             self._uploads[upload.id] = upload
         await self._in_thread(self._drop_forgotten)
+
+    def end_uploads(self) -> None:
+        """Those under way fail with `UnavailableError`: they go on where they are under the next daemon."""
+        self._stopping.set()
+        for task in self._receiving:
+            task.cancel()
 
     def stop(self) -> None:
         """What is half-uploaded stays for the next daemon."""
@@ -86,24 +96,24 @@ class Datasets:
             return await self._in_thread(self._begin, request)
 
     async def receive(self, requests: AsyncIterator[data_pb2.UploadFilesRequest]) -> int:
-        """Writes what comes; returns how many bytes that were. Errors as of `Upload.write`."""
-        received_bytes = 0
-        upload: Upload | None = None
-        ticket = 0
+        """Writes what comes; returns how many bytes that were. Errors as of `Upload.write`.
+
+        `UnavailableError` when the daemon stops meanwhile.
+        """
+        task = asyncio.current_task()
+        assert task is not None  # we are in one
+        if self._stopping.is_set():
+            raise UnavailableError(_STOPPING)
+        self._receiving.add(task)
         try:
-            async for request in requests:
-                if upload is None or request.upload_id != upload.id:
-                    if upload is not None:
-                        raise InvalidInputError("a stream sends to one upload alone", path="upload_id")
-                    upload = self._upload(request.upload_id)
-                    upload.streams += 1
-                    ticket = upload.new_ticket()
-                received_bytes += len(request.chunk)
-                await self._in_thread(upload.write, ticket, request.file, request.offset, request.chunk)
+            return await self._receive(requests)
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise
+            task.uncancel()
+            raise UnavailableError(_STOPPING) from None
         finally:
-            if upload is not None:
-                upload.streams -= 1
-        return received_bytes
+            self._receiving.discard(task)
 
     async def finish(self, finished_id: str) -> data_pb2.Dataset:
         """Checks what was not checked while it came, and gives the data set its name.
@@ -175,6 +185,25 @@ class Datasets:
                 await self._in_thread(self._discard, upload)
 
     # --- how
+
+    async def _receive(self, requests: AsyncIterator[data_pb2.UploadFilesRequest]) -> int:
+        received_bytes = 0
+        upload: Upload | None = None
+        ticket = 0
+        try:
+            async for request in requests:
+                if upload is None or request.upload_id != upload.id:
+                    if upload is not None:
+                        raise InvalidInputError("a stream sends to one upload alone", path="upload_id")
+                    upload = self._upload(request.upload_id)
+                    upload.streams += 1
+                    ticket = upload.new_ticket()
+                received_bytes += len(request.chunk)
+                await self._in_thread(upload.write, ticket, request.file, request.offset, request.chunk)
+        finally:
+            if upload is not None:
+                upload.streams -= 1
+        return received_bytes
 
     def _begin(self, request: data_pb2.BeginUploadRequest) -> data_pb2.BeginUploadResponse:
         check_name(request.name)

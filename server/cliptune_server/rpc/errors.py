@@ -31,11 +31,8 @@ _log = logging.getLogger(__name__)
 
 # A cancellation is repeated: one that falls into code of gRPC itself may be swallowed there.
 _RECUT_S: Final = 1.0
-# A stop does not wait for these: nobody depends on reflection, and an upload goes on where it broke off.
-_NOT_WAITED_FOR: Final = (
-    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
-    "cliptune.v1.DataService/UploadFiles",
-)
+# Ends when the client says so, and nobody depends on it: a stop does not wait.
+_REFLECTION: Final = "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 
 
 def translate(error: BaseException) -> CliptuneError:
@@ -93,8 +90,7 @@ class ErrorInterceptor(AroundInterceptor):
     async def drain(self, grace_s: float) -> None:
         """Refuse new calls, wait `grace_s` for those in flight, and fail the rest with UNAVAILABLE."""
         self._stopping = True
-        for method in _NOT_WAITED_FOR:
-            self.cut_off(method)
+        self.cut_off(_REFLECTION)
         loop = asyncio.get_running_loop()
         until_s = loop.time() + grace_s
         while self._calls and loop.time() < until_s:

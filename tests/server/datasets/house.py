@@ -39,7 +39,7 @@ async def open_datasets(root: Path, *, users: Users = nobody, **config: Any) -> 
 
 @asynccontextmanager
 async def serving(datasets: Datasets, port: int = 0) -> AsyncIterator[str]:
-    """ "HOST:PORT" of a server with these data sets. Its stop waits for no upload."""
+    """ "HOST:PORT" of a server with these data sets, which stops as a daemon does."""
     rpc = RpcServer(limits=Limits(), readiness=Readiness(), observe=lambda method, code, seconds: None)
     data_pb2_grpc.add_DataServiceServicer_to_server(DataServicer(datasets), rpc.server)
     port = rpc.bind("127.0.0.1", port)
@@ -47,6 +47,7 @@ async def serving(datasets: Datasets, port: int = 0) -> AsyncIterator[str]:
     try:
         yield f"127.0.0.1:{port}"
     finally:
+        datasets.end_uploads()
         await rpc.stop(20.0)
 
 

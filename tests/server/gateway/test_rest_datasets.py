@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -126,3 +127,27 @@ async def test_wrong_parts_are_refused_and_what_came_is_kept(tmp_path: Path) -> 
         assert (await rest.delete(place)).status_code == 204
         assert (await rest.delete(place)).status_code == 404
         assert (await rest.put(f"{place}/files/0", content=b"x")).status_code == 404
+
+
+async def test_a_part_under_way_is_told_that_the_daemon_stops_and_what_came_is_kept(tmp_path: Path) -> None:
+    begun_sending, never = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b"image,"
+        begun_sending.set()
+        await never.wait()
+
+    async with (
+        open_datasets(tmp_path / "data") as datasets,
+        client_of(build_app(bare_context(datasets=datasets))) as rest,
+    ):
+        begun = (await rest.post("/v1/uploads", json=body())).json()
+        place = f"/v1/uploads/{begun['upload_id']}/files/0"
+        sending = asyncio.create_task(rest.put(place, content=slowly()))
+        await begun_sending.wait()
+        datasets.end_uploads()
+        told = await sending
+        assert (told.status_code, told.json()["reason"]) == (503, "UnavailableError")
+        assert (await rest.put(place, content=b"x")).status_code == 503
+    async with rest_of(tmp_path / "data") as rest:
+        assert (await rest.post("/v1/uploads", json=body())).json()["held_bytes"] == [6, 0, 0]
