@@ -166,6 +166,19 @@ def test_a_class_without_a_validation_image_is_named(make_job: MakeJob) -> None:
     assert "blue" in job.notices(0)["labels-without-class"]
 
 
+def test_rows_that_contradict_each_other_about_an_image_are_named(
+    make_job: MakeJob, tmp_path: Path, tiles: Path
+) -> None:
+    file = tmp_path / "rows.csv"
+    colours, splits = ("red", "green"), ("val", "train", "train")
+    lines = [f"{row}.png,tile {row},{colours[row % 2]},{splits[row % 3]}" for row in range(24)]
+    file.write_text("\n".join(["image,caption,label,split", *lines, "3.png,again,red,val", ""]))
+    data = {"train": str(file), "image_root": str(tiles), "split_column": "split"}
+    job = make_job(root=Path("/"), data=data, train=SHORT)
+    plan(job)
+    assert job.notices(0)["labels-contradict"].startswith("rows 4, 25 give an image several labels")
+
+
 def measurement(labels: list[str]) -> Measurement:
     count = len(labels)
     scores = [

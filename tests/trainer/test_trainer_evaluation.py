@@ -244,22 +244,29 @@ def test_an_image_without_a_known_label_is_left_out_only_where_classes_exclude_e
     alternatives = Pairs([replace(pair, labels=pair.labels[:1]) for pair in pairs.pairs])
     assert len(Truth.of(alternatives, CLASSES, several_labels=False)) == 16
     assert Truth.of(alternatives, CLASSES, several_labels=False).one_each
-    assert len(Truth.of(pairs, CLASSES, several_labels=False)) == 20  # one has two labels: so can all
+    assert len(Truth.of(pairs, CLASSES, several_labels=False)) == 8  # those of two labels are left out, too
     assert len(Truth.of(pairs, CLASSES, several_labels=True)) == 24
     assert not Truth.of(pairs, CLASSES, several_labels=True).one_each
 
 
-def test_rows_of_one_image_bring_their_labels_together(tiles: Path) -> None:
-    image = tiles / "0.png"
+@pytest.mark.parametrize("several_labels", [True, False])
+def test_rows_of_one_image_bring_their_labels_together_or_contradict_each_other(
+    tiles: Path, several_labels: bool
+) -> None:
+    found = (("0", "red"), ("0", "red"), ("0", "blue"), ("1", "red"))
     pairs = Pairs(
         [
-            Pair(row=row, image=image, reference="", caption=f"{label}", labels=(label,))
-            for row, label in enumerate(("red", "red", "blue"))
+            Pair(row=row, image=tiles / f"{name}.png", reference="", caption=f"row {row}", labels=(label,))
+            for row, (name, label) in enumerate(found)
         ]
     )
-    truth = Truth.of(pairs, CLASSES, several_labels=False)
-    assert truth.truth_SC.tolist() == [[True, False, True]]
-    assert not truth.alternatives
+    truth = Truth.of(pairs, CLASSES, several_labels=several_labels)
+    if several_labels:
+        assert truth.truth_SC.tolist() == [[True, False, True], [True, False, False]]
+        assert (truth.alternatives, truth.contradicted) == (False, ())
+    else:
+        assert truth.truth_SC.tolist() == [[True, False, False]]
+        assert (truth.alternatives, truth.contradicted) == (True, (0, 1, 2))
 
 
 def test_retrieval_counts_every_image_that_carries_the_caption(clip: Clip, tiles: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Final
 from cliptune.metric_names import AUROC, DIRECTIONS, MAIN_METRICS, recall_name
 from cliptune_model.choice import Choice
 from cliptune_trainer.data.dataset import Dataset
+from cliptune_trainer.data.listing import rows_listed
 from cliptune_trainer.evaluation.truth import Truth
 from cliptune_trainer.remark import Remark
 from cliptune_trainer.spec import ClassConfig, EvaluationConfig, wrong
@@ -77,6 +78,12 @@ def _about_labels(
         )
         told = f"{place.format(unknown[:_LISTED])}: evaluation.classes has no such labels"
         remarks.append(Remark(code="labels-without-class", message=told))
+    if classes and truth.contradicted:
+        told = (
+            f"{rows_listed(truth.contradicted)} give an image several labels: it is left out of the zero-shot"
+            " metrics; data.label_separator says that an image may have several"
+        )
+        remarks.append(Remark(code="labels-contradict", message=told))
     unseen = [
         entry.label for entry, count in zip(classes, truth.truth_SC.sum(axis=0), strict=True) if not count
     ]

@@ -37,38 +37,45 @@ class Truth:
         truth_SC: the classes that it is of.
         alternatives: classes exclude each other: what speaks for one speaks against the others. Otherwise
             each class is judged by itself.
+        contradicted: rows of images that alternatives leave out, because their rows name several labels.
     """
 
     images_S: Integers
     truth_SC: Booleans
     alternatives: bool
+    contradicted: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, pairs: Pairs, classes: Sequence[ClassConfig], *, several_labels: bool) -> Truth:
         """The truth of a split.
 
-        Where classes are alternatives, an image of none of them is left out. Where they are not (the data
-        gives images several labels, or a class has negative prompts), it is a sample without any; with
-        `several_labels` so is one without a label.
+        Where classes are alternatives, an image of none of them is left out, and so is one of several. Where
+        they are not (`several_labels`, or a class has negative prompts), it is a sample of none, or of all;
+        with `several_labels` one without a label is a sample, too.
         """
         places = {entry.label: place for place, entry in enumerate(classes)}
         labels: dict[int, set[str]] = {}
         for pair, image in zip(pairs.pairs, pairs.image_ids.tolist(), strict=True):
             labels.setdefault(image, set()).update(pair.labels)
-        alternatives = (
-            not several_labels
-            and all(len(found) <= 1 for found in labels.values())
-            and not any(entry.negative_prompts for entry in classes)
-        )
-        judged = [
-            image
-            for image, found in labels.items()
-            if (found & places.keys() if alternatives else found or several_labels)
-        ]
+        alternatives = not several_labels and not any(entry.negative_prompts for entry in classes)
+        if alternatives:
+            judged = [image for image, found in labels.items() if len(found) == 1 and found <= places.keys()]
+        else:
+            judged = [image for image, found in labels.items() if found or several_labels]
         truth_SC = np.zeros((len(judged), len(classes)), dtype=np.bool_)
         for sample, image in enumerate(judged):
             truth_SC[sample, [places[label] for label in labels[image] & places.keys()]] = True
-        return cls(images_S=np.array(judged, dtype=np.int64), truth_SC=truth_SC, alternatives=alternatives)
+        contradicted = [
+            pair.row
+            for pair, image in zip(pairs.pairs, pairs.image_ids.tolist(), strict=True)
+            if alternatives and len(labels[image]) > 1
+        ]
+        return cls(
+            images_S=np.array(judged, dtype=np.int64),
+            truth_SC=truth_SC,
+            alternatives=alternatives,
+            contradicted=tuple(contradicted),
+        )
 
     def __len__(self) -> int:
         return len(self.images_S)
