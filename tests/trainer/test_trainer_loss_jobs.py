@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,10 +90,15 @@ def test_a_composed_loss_with_all_it_can_need_trains_and_resumes_to_the_bit(
     trained(job)
     whole = job.losses(1)
     assert len(whole) == 12
+    told = job.notices(1)["loss-weights"]
+    assert re.fullmatch(
+        r"learned weights: multi_positive [\d.]+, hard_caption [\d.]+, distillation [\d.]+", told
+    )
     shutil.rmtree(job.folder.checkpoints / "step-00000012")
     shutil.rmtree(job.folder.export)
     trained(job, 2)
     assert job.losses(2) == {step: numbers for step, numbers in whole.items() if step > 10}
+    assert job.notices(2)["loss-weights"] == told
 
 
 def test_a_teacher_is_the_starting_model_also_after_a_resume(make_job: MakeJob, pretrained: str) -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from google.protobuf import json_format
 
 from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
@@ -112,6 +115,21 @@ def test_every_field_reaches_the_config() -> None:
     assert LossConfig(terms=terms("multi_positive")).needs == frozenset()
     with pytest.raises(SpecError, match="fewer than the embedding's 16"):
         found.check_dimensions(16)
+
+
+def test_the_guide_tells_every_loss_and_parameter_and_its_examples_are_specs() -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    lines = {line.split("`")[1]: line for line in guide.splitlines() if line.startswith("| `")}
+    for name, entry in LOSSES.items():
+        for key, parameter in entry.parameters.items():
+            assert f"`{key}`" in lines[name]
+            assert f"({parameter.default:g}; {parameter.allowed})" in lines[name]
+    examples = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    for example in examples:
+        spec = spec_pb2.JobSpec()
+        json_format.ParseDict(tomllib.loads(example), spec)
+        assert loss_config(spec.loss) != LossConfig()
+    assert len(examples) == 3
 
 
 # -- what it computes

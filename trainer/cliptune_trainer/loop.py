@@ -170,6 +170,8 @@ class Training:
                     break
                 self._begin_step()
                 self._launch(next(batches))
+        if told := self._stepper.told():
+            self._reporter.notice("loss-weights", told, warning=False)
         return self._export()
 
     def _standstill_due(self) -> bool:

@@ -181,6 +181,10 @@ class Stepper:
                     " gradient stay the same",
                 )
 
+    def told(self) -> str:
+        """What the objective has learned beside the model, for a person; "": nothing."""
+        return self._objective.told()
+
     def state(self) -> StepperState:
         """For a checkpoint: what the next steps depend on. Waits for the device."""
         scaler = self.precision.scaler

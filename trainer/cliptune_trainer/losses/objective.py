@@ -157,6 +157,13 @@ class Objective(nn.Module):
         learned = torch.exp(-self.log_variances.detach()).tolist()
         return [weight * factor for weight, factor in zip(fixed, learned, strict=True)]
 
+    def told(self) -> str:
+        """What it has learned itself, for a person; "": nothing is learned here. Waits for the device."""
+        if self.log_variances is None:
+            return ""
+        pairs = zip(self.config.names, self.weights(), strict=True)
+        return f"learned weights: {', '.join(f'{name} {weight:.3g}' for name, weight in pairs)}"
+
 
 def _narrowed(features_ND: Tensor, width: int | None) -> Tensor:
     """Zeros beyond the first `width` numbers: what is learned of all D (a metric, say) still fits them."""
