@@ -223,20 +223,25 @@ class Datasets:
         upload = self._uploads.get(key)
         if upload is None:
             self._drop_forgotten()
-            self._replace_earlier(request.name)
-            self._check_room(sum(whole))
+            earlier = self._earlier(request.name)
+            self._check_room(sum(whole) - sum(other.bytes for other in earlier))
+            known = self._stored.known_files({file.sha256 for file in request.files})
+            for other in earlier:
+                known |= other.whole_files()
             chosen = data_pb2.BeginUploadRequest(name=request.name, entry=entry, files=request.files)
-            upload = Upload.create(self._stored.root / UPLOADS, key, chosen)
+            upload = Upload.create(self._stored.root / UPLOADS, key, chosen, known)
             self._uploads[key] = upload
+            for other in earlier:
+                self._discard(other)
         upload.touch()
         return data_pb2.BeginUploadResponse(upload_id=key, held_bytes=upload.held())
 
-    def _replace_earlier(self, name: str) -> None:
-        """Other files were to become the data set of this name: the newest wish counts."""
-        for other in [upload for upload in self._uploads.values() if upload.name == name]:
-            if other.streams:
-                raise ConflictError(f"other files are being uploaded as {name!r} just now", dataset=name)
-            self._discard(other)
+    def _earlier(self, name: str) -> Sequence[Upload]:
+        """Uploads of other files that were to become the data set of this name: the newest wish counts."""
+        earlier = [upload for upload in self._uploads.values() if upload.name == name]
+        if any(upload.streams for upload in earlier):
+            raise ConflictError(f"other files are being uploaded as {name!r} just now", dataset=name)
+        return earlier
 
     def _drop_forgotten(self) -> None:
         for upload in list(self._uploads.values()):

@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
@@ -103,6 +103,21 @@ class StoredDatasets:
             names = ", ".join(each.name for each in self.all()[:_NAMED_IN_AN_ERROR])
             there = f"there is {names}" if names else "nothing is uploaded yet"
             raise DatasetNotFoundError(f"there is no data set {name!r}; {there}", dataset=name)
+        return found
+
+    def known_files(self, wanted: Collection[bytes]) -> dict[bytes, Path]:
+        """Checksum → a file with that content, of those that some data set holds."""
+        found: dict[bytes, Path] = {}
+        for dataset in self.all():
+            checksums = self.folder(dataset.name) / CHECKSUMS
+            try:
+                with checksums.open(encoding="utf-8") as lines:
+                    for line in lines:
+                        checksum, _, path = line.rstrip("\n").partition("  ")
+                        if (digest := bytes.fromhex(checksum)) in wanted:
+                            found[digest] = self.files_folder(dataset.name) / path
+            except (OSError, ValueError) as error:
+                log.warning("%s cannot be read; its files are sent again: %s", checksums, error)
         return found
 
     def locate(self, reference: str) -> str:

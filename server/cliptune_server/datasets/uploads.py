@@ -17,7 +17,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,10 +62,17 @@ class Upload:
         """Of the open file's bytes; None where its beginning came earlier."""
 
     @classmethod
-    def create(cls, root: Path, upload_id: str, request: data_pb2.BeginUploadRequest) -> Upload:
+    def create(
+        cls,
+        root: Path,
+        upload_id: str,
+        request: data_pb2.BeginUploadRequest,
+        known: Mapping[bytes, Path],
+    ) -> Upload:
         """A new one below `root`; a crash leaves the whole of it or a leftover that `reopen_all` removes.
 
-        `DataError` when two paths are one on this file system.
+        `known`: checksum → a file with that content, which is linked rather than sent again. `DataError` when
+        two paths are one on this file system.
         """
         root.mkdir(exist_ok=True)
         hidden = root / f".new-{uuid.uuid4().hex}"
@@ -73,7 +80,10 @@ class Upload:
             (hidden / FILES).mkdir(parents=True, mode=0o700)
             write_atomically(hidden / _REQUEST, request.SerializeToString())
             for file in request.files:
-                _make(hidden / FILES / file.path, file.path)
+                path = hidden / FILES / file.path
+                _make(path, file.path)
+                if file.sha256 in known:
+                    _link(known[file.sha256], path, file.bytes)
             hidden.rename(root / upload_id)
         except BaseException:
             shutil.rmtree(hidden, ignore_errors=True)
@@ -89,6 +99,14 @@ class Upload:
     def held(self) -> list[int]:
         """For each file, how many of its first bytes are here."""
         return list(self._held)
+
+    def whole_files(self) -> dict[bytes, Path]:
+        """Checksum → file, of those that are here to their last byte."""
+        return {
+            file.sha256: self._path(index)
+            for index, (file, held) in enumerate(zip(self._files, self._held, strict=True))
+            if held == file.bytes
+        }
 
     def touch(self) -> None:
         """Somebody goes on with it."""
@@ -216,7 +234,7 @@ class Upload:
         if digest == file.sha256:
             self._right.add(index)
             return
-        os.truncate(self._path(index), 0)
+        _empty(self._path(index))
         self._held[index] = 0
         self._close()
         raise DataError(
@@ -269,13 +287,29 @@ def _size(path: Path, announced: int) -> int:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        return 0
+        size = announced + 1
     if size > announced:
-        os.truncate(path, 0)
+        _empty(path)
         return 0
     return size
+
+
+def _empty(path: Path) -> None:
+    """Begin a file anew. Another data set may hold what was there, so it is let go, not changed."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def _link(source: Path, path: Path, announced: int) -> None:
+    """Put a file of equal content in the place of an empty one; where that cannot be, it will be sent."""
+    try:
+        if source.stat().st_size == announced:
+            path.unlink()
+            os.link(source, path, follow_symlinks=False)
+    except OSError as error:  # too many links, or a file system that has none
+        log.info("%s is not linked: %s", source, error)
+        path.touch()
 
 
 def total_held(uploads: Sequence[Upload]) -> int:

@@ -221,6 +221,34 @@ async def test_other_files_under_a_name_need_the_old_ones_gone(tmp_path: Path) -
         assert [each.name for each in (await datasets.list()).datasets] == ["cells"]
 
 
+async def test_files_that_are_here_already_are_not_sent_again_and_stay_apart(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    files = {"t.csv": b"image,caption\n", "a.bin": b"a" * 100, "b.bin": b"b" * 100, "c.bin": b"c" * 100}
+    async with open_datasets(root) as datasets:
+        begun = await datasets.begin(begin_request(files=files))
+        await datasets.receive(chunks(begun.upload_id, dict(list(files.items())[:2])))
+        edited = {**files, "t.csv": b"image,text\n"}  # the table was mended before all had arrived
+        again = await datasets.begin(begin_request(files=edited))
+        assert list(again.held_bytes) == [0, 100, 0, 0]
+        await datasets.receive(chunks(again.upload_id, edited, held=list(again.held_bytes)))
+        await datasets.finish(again.upload_id)
+        # A second version of a finished one: the same pictures under other names, and a table of its own.
+        second = {"t.csv": b"x\n", **{f"p/{name}": files[name] for name in ("a.bin", "b.bin", "c.bin")}}
+        linked = await datasets.begin(begin_request("cells-2", second))
+        assert list(linked.held_bytes) == [0, 100, 100, 100]
+        mine = root / ".uploads" / linked.upload_id / "files" / "p" / "b.bin"
+        assert mine.stat().st_ino == (root / "cells" / "files" / "b.bin").stat().st_ino
+        # What the disk damaged is found by its checksum, and sent again into a file of its own.
+        (root / "cells" / "files" / "c.bin").write_bytes(b"C" * 100)
+        await datasets.receive(chunks(linked.upload_id, second, held=list(linked.held_bytes)))
+        with pytest.raises(DataError, match=r"c\.bin has another checksum"):
+            await datasets.finish(linked.upload_id)
+        mended = await upload(datasets, "cells-2", second)
+        await datasets.delete("cells")
+        assert mended.bytes == 302
+        assert folder_files(root / "cells-2" / "files") == second
+
+
 async def test_the_quota_counts_what_uploads_under_way_have_announced(tmp_path: Path) -> None:
     async with open_datasets(tmp_path / "data", quota_bytes=100) as datasets:
         await upload(datasets, "first", {"a.csv": b"x" * 40})
