@@ -13,10 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cliptune.errors import PathOutsideRootsError, SpecError
+from cliptune.errors import ConflictError, PathOutsideRootsError, SpecError
 from cliptune_model import own_code
 from cliptune_model.similarity import SIMILARITIES, Similarity, SquaredEuclidean, similarity_for
-from cliptune_trainer.contract import try_loss, try_own_code, try_similarity
+from cliptune_trainer.contract import (
+    check_own_code,
+    remember_own_code,
+    try_loss,
+    try_own_code,
+    try_similarity,
+)
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.journal import Journal
 from cliptune_trainer.losses.catalog import LOSSES
@@ -177,6 +183,25 @@ def test_a_job_with_a_loss_that_breaks_promises_ends_while_it_is_prepared(
     ):
         prepare(job.folder, [job.root], Reporter(journal))
     assert "plan" not in job.kinds(0)
+
+
+def test_a_job_goes_on_only_with_the_code_that_was_tried_out(code: Path, tmp_path: Path) -> None:
+    record = tmp_path / "own-code.json"
+    plain = LossConfig()
+    remember_own_code(record, plain, "lorentz")
+    assert not record.exists()
+    check_own_code(record, plain, "lorentz")
+
+    own_loss, similarity = LossConfig(terms=(Term(name="focal.py:focal"),)), "heavy_tailed.py:HeavyTailed"
+    remember_own_code(record, own_loss, similarity)
+    check_own_code(record, own_loss, similarity)
+    for name, path in (("focal.py", "loss.name"), ("heavy_tailed.py", "model.similarity")):
+        text = (code / name).read_text()
+        (code / name).write_text(f"{text}\n# another\n")
+        with pytest.raises(ConflictError, match=f"{path}: the job was prepared with .*{name}, sha256"):
+            check_own_code(record, own_loss, similarity)
+        (code / name).write_text(text)
+    check_own_code(record, own_loss, similarity)
 
 
 def test_a_stopped_gradient_is_allowed_where_it_is_declared() -> None:

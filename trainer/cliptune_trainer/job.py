@@ -90,6 +90,11 @@ class JobFolder:
         return self.path / "learning-rates.json"
 
     @property
+    def own_code(self) -> Path:
+        """What a user's own loss or similarity was made of when it was tried out."""
+        return self.path / "own-code.json"
+
+    @property
     def findings(self) -> Path:
         """What preparation found out about the data."""
         return self.path / "findings.json"

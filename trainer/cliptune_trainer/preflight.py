@@ -25,7 +25,7 @@ from cliptune.v1 import job_pb2
 from cliptune_model.choice import Choice
 from cliptune_model.chosen_similarity import tell_similarity
 from cliptune_model.clip import Clip, build
-from cliptune_trainer.contract import try_own_code
+from cliptune_trainer.contract import remember_own_code, try_own_code
 from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Loader
@@ -72,6 +72,7 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         clip = build(spec.model, seed=spec.train.seed)
         decisions = decide(spec, hardware, dataset, clip)
         told = (tell_similarity(spec.model, clip.similarity), *try_own_code(spec.loss, clip.similarity))
+        remember_own_code(job.own_code, spec.loss, clip.similarity.name)
         decisions = replace(decisions, choices=(*decisions.choices, *told))
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"

@@ -16,6 +16,7 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.checkpoint import CorruptCheckpointError, TrainingState, checkpoints, load_state, sweep
 from cliptune_trainer.commands import Inbox
+from cliptune_trainer.contract import check_own_code
 from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
@@ -35,6 +36,7 @@ from cliptune_trainer.spec import Spec
 def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox, *, linked: bool) -> Ending:
     """Trains the job. Raises a `CliptuneError` for what cannot be trained; anything else is a crash."""
     spec = job.spec()
+    check_own_code(job.own_code, spec.loss, spec.model.similarity)
     hardware = decide_hardware(spec, job.home)
     device = hardware.device.value
     known = load_findings(job.findings)

@@ -71,7 +71,7 @@ class Similarity(nn.Module):
     name: str = ""
     linear: bool = True
     unit: bool = False
-    half_products: bool = True
+    half_products: bool = False
     sha256: str = ""
     accepts: ClassVar[Mapping[str, Bounds]] = {}
 

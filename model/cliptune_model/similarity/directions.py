@@ -25,6 +25,7 @@ class Cosine(Similarity):
 
     name = "cosine"
     unit = True
+    half_products = True
 
     def prepare_images(self, image_ND: Tensor) -> Tensor:
         """Unit vectors, P = D."""

@@ -28,6 +28,7 @@ class Dot(Similarity):
     """
 
     name = "dot"
+    half_products = True
     accepts: ClassVar[Mapping[str, Bounds]] = _SCALE
 
     def __init__(self, dim: int, parameters: Mapping[str, float] | None = None) -> None:

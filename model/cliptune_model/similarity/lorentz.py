@@ -37,7 +37,6 @@ class Lorentz(Similarity):
 
     name = "lorentz"
     linear = False
-    half_products = False  # large terms nearly cancel
     accepts: ClassVar[Mapping[str, Bounds]] = {
         "curvature": Bounds(0.001, 1000.0, "c at the start; 1 if not given"),
         "image_scale": Bounds(1e-6, 1.0, "what image features are multiplied by at the start; 1/√D"),

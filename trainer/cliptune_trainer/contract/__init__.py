@@ -6,18 +6,22 @@ Enters: the job's losses and its model's similarity. Leaves: a `Choice` for each
 
 from __future__ import annotations
 
-from cliptune_model import own_code
 from cliptune_model.choice import Choice
-from cliptune_model.similarity import SIMILARITIES, Similarity
-from cliptune_model.similarity.named import GROUP
+from cliptune_model.similarity import Similarity
 from cliptune_trainer.contract.of_loss import try_loss
 from cliptune_trainer.contract.of_similarity import try_similarity
+from cliptune_trainer.contract.record import check_own_code, own_code_of, remember_own_code
 from cliptune_trainer.contract.report import Report
-from cliptune_trainer.losses.catalog import LOSSES
 from cliptune_trainer.losses.config import LossConfig
-from cliptune_trainer.losses.own import own_loss
 
-__all__ = ["Report", "try_loss", "try_own_code", "try_similarity"]
+__all__ = [
+    "Report",
+    "check_own_code",
+    "remember_own_code",
+    "try_loss",
+    "try_own_code",
+    "try_similarity",
+]
 
 
 def try_own_code(loss: LossConfig, similarity: Similarity) -> list[Choice]:
@@ -26,22 +30,20 @@ def try_own_code(loss: LossConfig, similarity: Similarity) -> list[Choice]:
     Raises:
         SpecError: one of them breaks a promise; the message has a line for each promise.
     """
+    found = own_code_of(loss, similarity.name)
     choices = []
-    if similarity.name not in SIMILARITIES:
-        own = own_code.find(GROUP, similarity.name, path="model.similarity")
-        origin = own.origin if own else "made by hand"
-        choices.append(try_similarity(similarity).choice("own similarity", origin))
+    if (own := found.get("model.similarity")) is not None:
+        choices.append(try_similarity(similarity).choice("own similarity", own.origin))
     for term in loss.terms:
-        if term.name not in LOSSES:
-            own = own_loss(term.name, f"{term.path}.name")
-            origin = own.origin if own else "made by hand"
+        path = f"{term.path}.name"
+        if (own := found.get(path)) is not None:
             report = try_loss(
                 term.entry().function,
                 similarity,
                 parameters=term.parameters,
                 needs=loss.needs,
-                path=f"{term.path}.name",
+                path=path,
                 reference=term.name,
             )
-            choices.append(report.choice("own loss", origin))
+            choices.append(report.choice("own loss", own.origin))
     return choices
