@@ -90,6 +90,8 @@ class JobPlan:
     memory_budget_bytes: int
     """What the step may use on the device. 0: not told."""
     decisions: tuple[Decision, ...]
+    spec: spec_pb2.JobSpec = field(repr=False)
+    """The whole spec as it will run: defaults, domain recipe and what was asked for, one over the other."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

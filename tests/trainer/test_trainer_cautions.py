@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from cliptune.domains import recipe
+from cliptune.domains import layered, recipe
 from cliptune.errors import SpecError
-from cliptune.v1 import job_pb2
+from cliptune.spec_shape import validate_shape
+from cliptune.v1 import job_pb2, spec_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.cautions import settings_to_mind
@@ -172,6 +173,15 @@ def test_a_change_that_makes_captions_untrue_is_told_with_the_rows(
     assert cautions("a cell", "bright leftover from 2019, number 3", augment=augment) == []
 
 
+def test_captions_made_from_labels_are_looked_through_as_well(pretrained: Clip) -> None:
+    (pair,) = pairs("a lung").pairs
+    train = Pairs([replace(pair, variants=("a lung", "the left lung"))])
+    spec = from_proto(_message("medical"))
+    spec = replace(spec, data=replace(spec.data, augment=NAMED["flip"]))
+    (remark,) = settings_to_mind(spec, pretrained, train, learning_rate=1e-5, usual=1e-5, total_steps=9)
+    assert "rows 1;" in remark.message
+
+
 @pytest.mark.parametrize("name", ["medical", "scientific", "industrial", "general"])
 def test_no_recipe_contradicts_the_captions_of_its_domain(cautions: Caution, name: str) -> None:
     captions = {
@@ -182,6 +192,11 @@ def test_no_recipe_contradicts_the_captions_of_its_domain(cautions: Caution, nam
     }
     spec = from_proto(_message(name))
     assert cautions(captions[name], augment=spec.data.augment) == []
+
+
+def test_defaults_written_for_clients_are_those_that_the_trainer_takes() -> None:
+    bare = spec_pb2.JobSpec(name="a", model={"name": "m"}, data={"train": "a.csv"})
+    assert from_proto(layered(bare).spec) == from_proto(bare)
 
 
 def _message(domain: str) -> Any:
@@ -229,6 +244,7 @@ def test_a_plan_tells_the_whole_spec_as_it_will_run_and_what_the_domain_brought(
     (again.path / "spec.json").write_text(_json(plan.spec))
     rerun = plan_of(again)
     assert rerun.spec == plan.spec
+    validate_shape(plan.spec)
 
 
 def test_what_a_domain_would_rather_measure_gives_way_where_there_are_no_labels(make_job: MakeJob) -> None:

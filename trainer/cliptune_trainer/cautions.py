@@ -187,4 +187,4 @@ def _untrue_captions(augment: Augmentation, train: Pairs) -> Iterator[Remark]:
 
 
 def _rows_with(found: Callable[[str], object], train: Pairs) -> list[int]:
-    return [pair.row for pair in train.pairs if found(pair.caption)]
+    return [pair.row for pair in train.pairs if any(map(found, pair.variants or (pair.caption,)))]
