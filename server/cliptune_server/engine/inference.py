@@ -132,6 +132,7 @@ class Inference:
         A class with a failed prompt has NaN in its columns and the softmax is over the others; when fewer
         than two are left, the request fails with that prompt's error.
         """
+        _check_judged_together(request.classes)
         classes = [(one.label, _prompts(one)) for one in request.classes]
         _check_labels([label for label, _ in classes])
         self._admission.check_count("images", len(request.images))
@@ -257,6 +258,17 @@ async def _both(images: Awaitable[Rows], texts: Awaitable[Rows]) -> tuple[Rows, 
 
 def _prompts(one: spec_pb2.ClassPrompts) -> list[str]:
     return list(one.prompts) or [DEFAULT_PROMPT.format(label=one.label)]
+
+
+def _check_judged_together(classes: Sequence[spec_pb2.ClassPrompts]) -> None:
+    """What an evaluation does with a class by itself is not what a softmax over classes says."""
+    for place, one in enumerate(classes):
+        if one.negative_prompts:
+            raise InvalidInputError(
+                f"classes[{place}] ({one.label!r}) has negative_prompts, which only an evaluation looks at",
+                field="classes",
+                index=place,
+            )
 
 
 def _check_labels(labels: Sequence[str]) -> None:

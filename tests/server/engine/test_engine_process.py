@@ -188,6 +188,15 @@ async def test_a_class_without_prompts_is_its_label_in_the_usual_sentence(engine
     np.testing.assert_array_equal(await scores(plain), await scores(spelled))
 
 
+async def test_classification_refuses_what_only_an_evaluation_looks_at(engine: EngineProcess) -> None:
+    sick = spec_pb2.ClassPrompts(label="sick", prompts=["a shadow"], negative_prompts=["no finding"])
+    request = inference_pb2.ClassifyRequest(
+        model="m:1", images=[file(FILES[0])], classes=[spec_pb2.ClassPrompts(label="well"), sick]
+    )
+    with pytest.raises(InvalidInputError, match=r"classes\[1\] \('sick'\) has negative_prompts"):
+        await engine.call(lambda stub: stub.Classify, request, 60)
+
+
 async def test_classification_refuses_a_single_class_and_a_label_that_stands_twice(
     engine: EngineProcess,
 ) -> None:
