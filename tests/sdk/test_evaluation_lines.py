@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
+import tomllib
+from pathlib import Path
 
 from cliptune import ClassResult, Evaluation, Interval
 from cliptune.evaluation import evaluation_from_message
 from cliptune.evaluation_lines import class_rows, evaluation_lines, interval_rows
-from cliptune.metric_names import MAIN_METRICS
+from cliptune.metric_names import CALIBRATION_ERROR, MAIN_METRICS
+from cliptune.spec import spec_from_mapping
+from cliptune.spec_shape import validate_shape
 from cliptune.v1 import job_pb2
+
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 
 
 def told() -> job_pb2.Evaluation:
@@ -89,3 +97,19 @@ def test_very_many_classes_are_no_lines_of_an_event() -> None:
 
 def test_every_main_metric_has_a_name_of_its_own() -> None:
     assert len(set(MAIN_METRICS)) == len(MAIN_METRICS) == 13
+
+
+def test_the_parts_of_specs_in_the_documentation_are_specs() -> None:
+    parts = re.findall(r"```toml\n(.+?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(parts) == 2
+    for part in parts:
+        needed = {"name": "a", "model": {"name": "ViT-B-32"}, "data": {"train": "rows.csv"}}
+        validate_shape(spec_from_mapping({**needed, **tomllib.loads(part)}))
+
+
+def test_the_documentation_names_every_metric() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    named = re.sub(r"@\d+$", "@k", "\n".join((*MAIN_METRICS, CALIBRATION_ERROR)), flags=re.MULTILINE)
+    for name in named.replace("accuracy@k", "accuracy@5").split():
+        shown = "`retrieval/…_map`" if name.endswith("_map") else f"`{name}`"
+        assert shown in text, name
