@@ -15,7 +15,6 @@ from cliptune.spec import spec_from_mapping
 from cliptune.spec_shape import validate_shape
 from cliptune.v1 import job_pb2
 
-
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 
 
