@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.data import get_testdata_file
 
 from cliptune.errors import DataError
 from cliptune_model.clip import Clip
@@ -17,7 +18,6 @@ from cliptune_trainer.data.findings import Findings
 from cliptune_trainer.data.remarks import about_data
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.spec import DataConfig
-from tests.trainer.conftest import MakeJob
 
 ANYWHERE = DataRoots()
 
@@ -190,6 +190,21 @@ def test_mixed_bit_depths_are_noticed_with_the_first_row_of_each(folder: Path, c
     assert "mixed-bit-depths" not in remarks(read(same), clip)
 
 
+def test_dicom_files_without_pixels_are_named_and_skipped(folder: Path) -> None:
+    plan = get_testdata_file("rtplan.dcm", download=False)
+    assert isinstance(plan, str)
+    shutil.copy(plan, folder)
+    table = write(
+        folder, "image,caption", *(f"{row}.png,tile {row}" for row in range(9)), "rtplan.dcm,a plan"
+    )
+    dataset = read(table, max_bad_fraction=0.1)
+    assert dataset.bad == (
+        "rows.csv, row 10: rtplan.dcm: the DICOM file holds no pixels: it is a RT Plan Storage",
+    )
+    with pytest.raises(DataError, match="the first is row 10"):
+        read(table)
+
+
 def test_captions_longer_than_the_context_are_counted(folder: Path, clip: Clip) -> None:
     assert clip.context_length == 16
     fits, lost = " ".join(["tile"] * 14), " ".join(["tile"] * 15)  # start and end take two tokens
@@ -208,13 +223,3 @@ def test_captions_longer_than_the_context_are_counted(folder: Path, clip: Clip) 
 def test_sound_data_are_not_remarked_on(tiles: Path, clip: Clip) -> None:
     config = DataConfig(train=str(tiles / "tiles.csv"), label_column="label", group_column="module")
     assert remarks(read_dataset(config, ANYWHERE, seed=0), clip) == {}
-
-
-def test_preparing_a_job_tells_of_what_it_found(make_job: MakeJob, folder: Path) -> None:
-    images = [*(f"{row}.png" for row in range(12)), "copy.png"]
-    rows = [f"{image},tile {row},{'val' if row > 10 else 'train'}" for row, image in enumerate(images)]
-    table = write(folder, "image,caption,part", *rows)
-    data = {"train": table, "split_column": "part", "label_column": "", "leakage": "notice"}
-    job = make_job(root=folder, data=data, train={"epochs": 1})
-    job.run("prepare", 0)
-    assert set(job.notices(0)) >= {"leakage", "duplicate-images"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -299,11 +300,6 @@ def test_parquet_files_hold_the_rows_that_json_lines_of_the_same_images_hold(
     assert all(map(same, load(ours, clip), load(theirs, clip)))
 
 
-def test_decoding_processes_read_parquet_too(tiles: Path, tmp_path: Path, clip: Clip) -> None:
-    dataset = read(write_parquet(tiles, tmp_path / "rows.parquet", range(24)))
-    assert all(map(same, load(dataset, clip, workers=1), load(dataset, clip)))
-
-
 def test_a_data_sets_folder_is_split_as_its_files_are_named(tiles: Path, tmp_path: Path) -> None:
     write_parquet(tiles, tmp_path / "data" / "train-00000-of-00002.parquet", range(8))
     write_parquet(tiles, tmp_path / "data" / "train-00001-of-00002.parquet", range(8, 16))
@@ -370,26 +366,36 @@ def test_a_cells_name_tells_file_and_row() -> None:
 # -- a job
 
 
-def test_a_job_trains_on_16_bit_images_in_class_folders(make_job: MakeJob, tmp_path: Path) -> None:
+def test_a_job_trains_on_deep_images_in_parquet_with_processes_that_decode(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
     random = np.random.default_rng(0)
+    cells = []
     for row in range(24):
-        target = tmp_path / "data" / COLOURS[row % 3]
-        target.mkdir(parents=True, exist_ok=True)
         pixels = random.integers(0, 900, (40, 40), dtype=np.uint16) + 1000 * (row % 3)
-        Image.fromarray(pixels).save(target / f"{row}.png")
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue() if row != 7 else cells[4]["bytes"], "path": None})
+    table = pa.table({"image": cells, "label": [COLOURS[row % 3] for row in range(24)]})
+    pq.write_table(table, tmp_path / "slices.parquet", row_group_size=8)
     data = {
-        "train": str(tmp_path / "data"),
-        "label_column": "",
+        "train": str(tmp_path / "slices.parquet"),
+        "label_column": "label",
         "augmentation": "none",
         "validation_fraction": 0.25,
         "caption_templates": ["a {label} slice", "slice: {label}"],
         "reading": {"window": "1500,3000"},
+        "workers": 1,
     }
     job = make_job(root=tmp_path, data=data, train={"epochs": 2, "batch_size": 8})
     job.run("run", 1)
     assert job.outcome(1).outcome == trainer_pb2.OUTCOME_SUCCEEDED
-    assert "3000" in job.notices(1)["deep-images"]
-    assert "mixed-bit-depths" not in job.notices(1)
+    notices = job.notices(1)
+    assert notices["deep-images"].startswith(
+        "24 images not of 8 bits, read with data.reading.window = '1500,3"
+    )
+    assert "row 8 (slices.parquet/7) is row 5 (slices.parquet/4)" in notices["duplicate-images"]
+    assert not {"workers-lost", "image-unreadable", "mixed-bit-depths"} & set(notices)
 
 
 # -- the guide

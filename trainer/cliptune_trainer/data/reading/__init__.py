@@ -78,37 +78,38 @@ class Reading:
             OverloadedError: not enough memory.
             ConflictError: the package that reads such files is not installed; the message names it.
         """
-        planes = self._planes(encoded, limits)
-        if planes is None:
-            return Opened(self._picked(decode_image(encoded, limits)), _picture_depth(encoded))
-        return Opened(_rgb(eight_bits(planes, self.window)), planes.depth)
+        deep = self._deep(encoded, limits)
+        return deep or Opened(self._picked(decode_image(encoded, limits)), _picture_depth(encoded))
 
     def scaled(
         self, encoded: bytes, enough: Callable[[int, int], tuple[int, int]]
     ) -> tuple[PIL.Image.Image, float]:
         """As `cliptune_model.pixels.decode_scaled`; raises as a call does."""
-        planes = self._planes(encoded, DEFAULT_LIMITS)
-        if planes is None:
+        deep = self._deep(encoded, DEFAULT_LIMITS)
+        if deep is None:
             image, scale = decode_scaled(encoded, enough)
             return self._picked(image), scale
-        image = _rgb(eight_bits(planes, self.window))
-        enough(*image.size)
-        return image, 1.0
+        enough(*deep.image.size)
+        return deep.image, 1.0
 
-    def _planes(self, encoded: bytes, limits: PixelLimits) -> Planes | None:
-        """None: an ordinary picture."""
+    def _deep(self, encoded: bytes, limits: PixelLimits) -> Opened | None:
+        """An image that is windowed or has planes to choose from; None: an ordinary picture."""
         try:
             with _quiet_readers:
-                if is_dicom(encoded):
-                    return dicom_planes(encoded, self.channels, limits)
-                if is_fits(encoded):
-                    return fits_planes(encoded, self.channels, limits)
-                if is_tiff(encoded):
-                    return tiff_planes(encoded, self.channels, limits)
-                if _png_depth(encoded) == 16:
-                    return self._png_planes(encoded, limits)
+                planes = self._planes(encoded, limits)
+                return planes and Opened(_rgb(eight_bits(planes, self.window)), planes.depth)
         except MemoryError as error:
             raise OverloadedError("not enough memory to decode the image") from error
+
+    def _planes(self, encoded: bytes, limits: PixelLimits) -> Planes | None:
+        if is_dicom(encoded):
+            return dicom_planes(encoded, self.channels, limits)
+        if is_fits(encoded):
+            return fits_planes(encoded, self.channels, limits)
+        if is_tiff(encoded):
+            return tiff_planes(encoded, self.channels, limits)
+        if _png_depth(encoded) == 16:
+            return self._png_planes(encoded, limits)
         return None
 
     def _png_planes(self, encoded: bytes, limits: PixelLimits) -> Planes | None:

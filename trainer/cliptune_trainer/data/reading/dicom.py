@@ -39,7 +39,7 @@ def dicom_planes(encoded: bytes, channels: Sequence[int], limits: PixelLimits) -
     pixels = needed("pydicom.pixels", "medical", "reading DICOM files")
     try:
         return _planes(pydicom.dcmread(io.BytesIO(encoded)), pixels, channels, limits)
-    except (ConflictError, ImageDecodeError, ImageSizeError):
+    except (ConflictError, ImageDecodeError, ImageSizeError, MemoryError):
         raise
     except Exception as error:  # pydicom fails on damaged files with whatever their line raises
         why = " ".join(str(error).split())[:300] or type(error).__name__

@@ -43,7 +43,7 @@ def fits_planes(encoded: bytes, channels: Sequence[int], limits: PixelLimits) ->
             if image is None:
                 raise ImageDecodeError("the FITS file holds no image")
             return _planes(image, channels, limits)
-    except (ConflictError, ImageDecodeError, ImageSizeError):
+    except (ConflictError, ImageDecodeError, ImageSizeError, MemoryError):
         raise
     except Exception as error:  # on damaged files it fails with whatever its line raises
         why = " ".join(str(error).split())[:300] or type(error).__name__

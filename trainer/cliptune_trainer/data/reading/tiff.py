@@ -62,7 +62,7 @@ def tiff_planes(encoded: bytes, channels: Sequence[int], limits: PixelLimits) ->
             if one and image.mode in _DEEP_MODES:
                 inverted = tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
                 return grey_planes(np.asarray(image), bits=bits, inverted=inverted)
-    except ImageSizeError:
+    except (ImageSizeError, MemoryError):
         raise
     except Exception:
         pass  # what Pillow cannot open, tifffile may
@@ -70,7 +70,7 @@ def tiff_planes(encoded: bytes, channels: Sequence[int], limits: PixelLimits) ->
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
             return _planes(file.series[0], channels, limits)
-    except (ConflictError, ImageDecodeError, ImageSizeError):
+    except (ConflictError, ImageDecodeError, ImageSizeError, MemoryError):
         raise
     except Exception as error:  # on damaged files it fails with whatever its line raises
         why = " ".join(str(error).split())[:300] or type(error).__name__
