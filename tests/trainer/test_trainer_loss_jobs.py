@@ -176,9 +176,11 @@ def test_captions_that_cannot_be_made_wrong_are_refused_or_told(
         prepared(job("none", ["tile", "a tile"], "hard_caption"))
     some = job("some", ["tile", "a red tile"], "hard_caption")
     prepared(some)
+    assert "2 distinct captions in batches of 8: hard_caption" in some.notices(0)["repeated-captions"]
     assert " captions cannot be made wrong" in some.notices(0)["captions-without-negative"]
     labelled = job("labelled", ["tile", "a red tile"], "soft_target")
     prepared(labelled)
+    assert "repeated-captions" not in labelled.notices(0)
     assert "have no label" in labelled.notices(0)["rows-without-label"]
 
 

@@ -115,17 +115,7 @@ def decide(
             usual=float(usual.value),
             total_steps=total_steps,
         )
-    remarks += check_loss(spec, dataset.train, clip)
-    captions = len(set(dataset.train.caption_ids.tolist()))
-    if "infonce" in spec.loss.names and captions < batch_size:
-        remarks.append(
-            Remark(
-                code="repeated-captions",
-                message=f"{captions} distinct captions in batches of {batch_size}: InfoNCE pushes rows with"
-                " the same caption apart; loss.name = 'multi_positive' does not",
-                warning=False,
-            )
-        )
+    remarks += check_loss(spec, dataset.train, clip, batch_size=batch_size)
     # What the domain would rather measure gives way where the data cannot tell it; what the job asks, not.
     wished = recipe(spec.domain).evaluation.main_metric if spec.domain else ""
     judging = decide_judging(

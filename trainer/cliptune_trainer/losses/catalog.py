@@ -47,6 +47,7 @@ def _entry(
     tiled: Tiled | None = None,
     tables: int = 8,
     below_zero: bool = False,
+    parts_repeats: bool = False,
     robust: bool = False,
 ) -> LossEntry:
     return LossEntry(
@@ -57,6 +58,7 @@ def _entry(
         tiled=tiled,
         tables=tables,
         below_zero=below_zero,
+        parts_repeats=parts_repeats,
         robust=robust,
     )
 
@@ -82,10 +84,20 @@ def _in_tiles(kernel: Callable[..., Tensor]) -> Tiled:
 
 LOSSES: Final[dict[str, LossEntry]] = {
     "infonce": _entry(
-        infonce, "CLIP: a row's own partner among all", tiled=_in_tiles(tiled_infonce), tables=6, robust=True
+        infonce,
+        "CLIP: a row's own partner among all",
+        tiled=_in_tiles(tiled_infonce),
+        tables=6,
+        parts_repeats=True,
+        robust=True,
     ),
     "sigmoid": _entry(
-        sigmoid, "SigLIP: every pair by itself", needs=(BIAS,), tiled=_in_tiles(tiled_sigmoid), tables=6
+        sigmoid,
+        "SigLIP: every pair by itself",
+        needs=(BIAS,),
+        tiled=_in_tiles(tiled_sigmoid),
+        tables=6,
+        parts_repeats=True,
     ),
     "multi_positive": _entry(
         multi_positive,
@@ -112,7 +124,11 @@ LOSSES: Final[dict[str, LossEntry]] = {
         tables=10,
     ),
     "hard_caption": _entry(
-        hard_caption, "NegCLIP: captions that are nearly right", needs=(NEGATIVE_CAPTIONS,), tables=12
+        hard_caption,
+        "NegCLIP: captions that are nearly right",
+        needs=(NEGATIVE_CAPTIONS,),
+        tables=12,
+        parts_repeats=True,
     ),
     "decoupled": _entry(decoupled, "DCL: no positive in the denominator", below_zero=True, tables=7),
     "cyclip": _entry(
@@ -123,6 +139,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
             "cross_modal": Parameter(default=0.25, low=0.0, high=100.0),
         },
         tables=9,
+        parts_repeats=True,
     ),
     "margin": _entry(
         margin,

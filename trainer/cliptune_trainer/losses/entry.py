@@ -74,6 +74,7 @@ class LossEntry:
         tables: fp32 numbers a pair that the whole table takes at its peak: logits, what autograd keeps,
             gradients.
         below_zero: it may be negative, so that no weight of it can be learned.
+        parts_repeats: rows that say the same are negatives of each other.
         robust: it has a robust form, for `loss.temperature` "global".
     """
 
@@ -84,4 +85,5 @@ class LossEntry:
     tiled: Tiled | None = None
     tables: int = 8
     below_zero: bool = False
+    parts_repeats: bool = False
     robust: bool = False
