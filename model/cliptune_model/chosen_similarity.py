@@ -1,7 +1,7 @@
 """The similarity that a model is built with: the spec's, else that of its manifest, else the cosine.
 
-Enters: a `ModelSource`, whose folder may hold a manifest and what a similarity has learned. Leaves: a
-`Similarity` on the CPU. Called by `clip.build`; the plan tells of it.
+Enters: a `ModelSource`, whose folder or repository may hold a manifest and what a similarity has learned.
+Leaves: a `Similarity` on the CPU. Called by `clip.build`; the plan tells of it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from cliptune.errors import CliptuneError, ConflictError, InvalidInputError
+from cliptune.errors import CliptuneError, ConflictError, InvalidInputError, WeightsUnavailableError
 from cliptune_model.choice import Choice
 from cliptune_model.manifest import MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
 from cliptune_model.similarity import DEFAULT, SIMILARITIES, Similarity, similarity_for
-from cliptune_model.source import LOCAL_DIR, ModelSource
+from cliptune_model.source import HF_HUB, LOCAL_DIR, ModelSource
 
 
 def build_similarity(source: ModelSource, dim: int) -> Similarity:
@@ -25,14 +27,13 @@ def build_similarity(source: ModelSource, dim: int) -> Similarity:
     Raises:
         SpecError, PathOutsideRootsError: as `similarity_for`.
         InvalidInputError: the manifest or what was learned is damaged.
+        WeightsUnavailableError: the hub does not answer.
         ConflictError: the user's own code that the model was trained with has changed, or is not to be had.
     """
-    folder = Path(source.name.removeprefix(LOCAL_DIR)).expanduser()
-    manifest = None
-    if source.name.startswith(LOCAL_DIR) and (folder / MANIFEST_FILE).is_file():
-        manifest = read_manifest(folder)
-    if manifest is None:
+    folder = _folder(source)
+    if folder is None or not (folder / MANIFEST_FILE).is_file():
         return similarity_for(source.similarity or DEFAULT, dim, source.similarity_parameters)
+    manifest = read_manifest(folder)
     if source.similarity:
         given = source.similarity_parameters or _known(manifest, source.similarity)
         similarity = similarity_for(source.similarity, dim, given)
@@ -41,6 +42,29 @@ def build_similarity(source: ModelSource, dim: int) -> Similarity:
     if similarity.name == manifest.similarity and not source.similarity_parameters:
         _take_over(similarity, folder, manifest)
     return similarity
+
+
+def _folder(source: ModelSource) -> Path | None:
+    """Where a manifest would lie; None: nowhere."""
+    if source.name.startswith(LOCAL_DIR):
+        return Path(source.name.removeprefix(LOCAL_DIR)).expanduser()
+    if not source.name.startswith(HF_HUB):
+        return None
+    repository = source.name.removeprefix(HF_HUB)
+    try:
+        folder = Path(hf_hub_download(repository, MANIFEST_FILE)).parent
+        if read_manifest(folder).similarity != DEFAULT:
+            hf_hub_download(repository, SIMILARITY_FILE)
+    except EntryNotFoundError:
+        pass  # a model of others; one whose similarity learns nothing; or neither is in an offline cache
+    except OSError as error:
+        raise WeightsUnavailableError(
+            f"what {source.name!r} is compared by could not be fetched ({error})"
+        ) from error
+    else:
+        return folder
+    found = try_to_load_from_cache(repository, MANIFEST_FILE)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def tell_similarity(source: ModelSource, similarity: Similarity) -> Choice:

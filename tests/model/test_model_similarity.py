@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from torch.nn import functional as F
 
 from cliptune.errors import ConflictError, InvalidInputError, PathOutsideRootsError, SpecError
@@ -89,6 +90,29 @@ def test_what_a_similarity_has_learned_comes_back_with_the_model(
     tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}")(TEXTS)
     with torch.no_grad():
         torch.testing.assert_close(plain.encode_text(tokens), compared.encode_texts(compared.tokenize(TEXTS)))
+
+
+@pytest.mark.parametrize("name", ["cosine", "dot", "lorentz"])
+def test_an_export_on_the_hub_brings_its_similarity(
+    clip: Clip, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = compared_by(clip, name)
+    with torch.no_grad():
+        for one in compared.similarity.parameters():
+            one.sub_(0.05)
+    # As the hub's client keeps a repository; the hub itself is not asked.
+    cache = tmp_path / "models--someone--cells"
+    export_model(compared, cache / "snapshots" / "c0ffee", Manifest.of(compared))
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = build(ModelSource(name="hf-hub:someone/cells"))
+    assert again.similarity.name == name
+    assert torch.equal(scores(again), scores(compared))
+    if name == "cosine":
+        (cache / "snapshots" / "c0ffee" / "cliptune.json").unlink()  # a model of others
+        assert build(ModelSource(name="hf-hub:someone/cells")).similarity.name == "cosine"
 
 
 def test_a_cliptune_that_knows_only_the_cosine_refuses_a_model_of_another_similarity(
