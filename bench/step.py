@@ -40,6 +40,7 @@ from cliptune_model.lean import PARTS, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.larger_parts import passes_of
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.optim import BETAS, EPS, build_optimizer, takes_decay
 from cliptune_trainer.precision import Precision
@@ -139,8 +140,8 @@ class Ours:
             mode = {} if form.compiled in ("blocks", "whole") else {"config_patches": _patches(form.compiled)}
             on = Choice(subject="compile", value="on", reason="this benchmark")
             self.compilation = compile_towers(clip, on, whole=form.compiled != "blocks", options=mode)
-            lengths = [self._batches[0].tokens_BL.shape[1]]
-            self.compilation.warm_up([workload.batch_size], lengths, precision.autocast, replays=False)
+            rows, tokens = self._batches[0].tokens_BL.shape
+            self.compilation.warm_up(passes_of(clip, rows, rows, tokens), precision.autocast)
             if self.compilation.choice.value != "on":
                 raise SystemExit(f"{workload.name}: {self.compilation.choice.reason}")
         self.compile_s = time.perf_counter() - began if form.compiled else 0.0

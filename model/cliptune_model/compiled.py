@@ -15,8 +15,9 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, cast
 
@@ -32,10 +33,26 @@ from cliptune_model.text_tower import text_tower
 
 _log = logging.getLogger(__name__)
 
-# A micro-batch and the rest of a batch, seven text lengths, with gradients and without: 32; and some room.
-GRAPH_LIMIT: Final = 48
+# Two kinds of block, for each tower one length of parts with gradients and two without, larger ones of texts
+# too, seven text lengths: 62; and some room.
+GRAPH_LIMIT: Final = 80
 
 Graph = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Pass:
+    """Rows that go through a tower together.
+
+    Attributes:
+        tokens: of each text; 0: the rows are images.
+        rows: how many.
+        with_graph: for a backward pass; otherwise without gradients.
+    """
+
+    tokens: int
+    rows: int
+    with_graph: bool
 
 
 class Compilation:
@@ -55,42 +72,29 @@ class Compilation:
         self._modules: list[nn.Module] = []
         self._backend, self._options = backend, dict(options)
 
-    def warm_up(
-        self,
-        micro_batch_sizes: Sequence[int],
-        text_lengths: Sequence[int],
-        autocast: Callable[[], AbstractContextManager[object]],
-        *,
-        replays: bool,
-    ) -> None:
+    def warm_up(self, passes: Iterable[Pass], autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """Compile what the steps will need, outside of any step; other shapes are compiled when they come.
 
         Args:
-            micro_batch_sizes: pairs that go through the towers at once.
-            text_lengths: tokens of the texts.
+            passes: of the steps.
             autocast: the precision of the step.
-            replays: the towers also run without gradients, as accumulation does.
         """
         if self.choice.value != "on":
             return
         device = self._clip.device
         devices = [device] if device.type == "cuda" else []
-        modes = (torch.no_grad, torch.enable_grad) if replays else (torch.enable_grad,)
         was_training = self._clip.model.training
         self._clip.model.train()
         try:
             with torch.random.fork_rng(devices=devices):
-                for pairs in micro_batch_sizes:
-                    images_BCHW = torch.zeros(pairs, 3, *self._clip.image_size, device=device)
-                    texts = [
-                        torch.zeros(pairs, length, dtype=torch.int64, device=device)
-                        for length in text_lengths
-                    ]
-                    for mode in modes:
-                        with mode(), autocast():
+                for one in sorted(set(passes)):
+                    with torch.set_grad_enabled(one.with_graph), autocast():
+                        if one.tokens:
+                            shape = (one.rows, one.tokens)
+                            self._clip.encode_texts(torch.zeros(shape, dtype=torch.int64, device=device))
+                        else:
+                            images_BCHW = torch.zeros(one.rows, 3, *self._clip.image_size, device=device)
                             self._clip.encode_images(images_BCHW)
-                            for tokens_BL in texts:
-                                self._clip.encode_texts(tokens_BL)
         except torch.OutOfMemoryError as error:
             _log.info("the steps compile by themselves: %s", error)
         finally:

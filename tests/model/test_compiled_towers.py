@@ -14,7 +14,7 @@ from cliptune_model import compiled
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.compiled import Compilation, compile_towers
+from cliptune_model.compiled import Compilation, Pass, compile_towers
 from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.source import ModelSource
 from cliptune_trainer.checkpointing import enable_checkpointing
@@ -103,7 +103,12 @@ def test_a_warm_up_compiles_both_passes_of_accumulation_before_the_first_step(
     _, ours = pair
     compilation = traced(ours)
     random, weights = torch.get_rng_state(), copy.deepcopy(ours.model.state_dict())
-    compilation.warm_up([ROWS], [16], nullcontext, replays=True)
+    passes = {
+        Pass(tokens=tokens, rows=ROWS, with_graph=with_graph)
+        for tokens in (0, 16)
+        for with_graph in (False, True)
+    }
+    compilation.warm_up(passes, nullcontext)
     graphs = compilation.graphs
     assert graphs == 4
     with torch.no_grad():

@@ -12,7 +12,7 @@ from cliptune_model.clip import Clip
 from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.larger_parts import Larger
+from cliptune_trainer.larger_parts import Larger, passes_of
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.precision import Precision
@@ -78,6 +78,19 @@ def test_what_has_no_graph_and_replayed_texts_go_through_in_larger_parts() -> No
     passed = rows_that_pass(deep_clip(), few_words(16), 2)
     assert passed["visual"] == [2, 6, 6, 2, *[2] * 7]
     assert passed["transformer"] == [2, 6, 6, 2, 7, 7]
+
+
+def test_the_passes_that_are_compiled_first_are_those_of_a_step() -> None:
+    clip, batch = deep_clip(), few_words(16)
+    for size, taken in ((2, rows_that_pass(clip, batch, 2)), (16, rows_that_pass(clip, batch, 16))):
+        told = passes_of(clip, 16, size, 16)
+        for tokens, tower in ((0, "visual"), (16, "transformer")):
+            assert {one.rows for one in told if one.tokens == tokens} == set(taken[tower])
+    assert {(one.tokens, one.rows) for one in passes_of(clip, 16, 2, 16) if one.with_graph} == {
+        (0, 2),
+        (16, 2),
+        (16, 7),
+    }
 
 
 def test_wrong_captions_go_through_apart_from_the_right_ones() -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from cliptune_model.clip import Clip
 from cliptune_trainer.batch_norm import BatchNorms
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.larger_parts import Larger
+from cliptune_trainer.larger_parts import Larger, joined
 from cliptune_trainer.losses import Identities, Teacher
 from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.parts import moved, parts_of
@@ -71,9 +71,9 @@ class FeatureCache:
         before = RandomState.capture(self._device)
         self._keep(self._early[0])
         if RandomState.capture(self._device).same_as(before):
-            for rows in self._joined(self._early[1:], self._without_graph):
+            for rows in joined(self._early[1:], self._without_graph):
                 self._keep(rows)
-            self._replays = [(rows, None) for rows in self._joined(self._early, self._replayed)]
+            self._replays = [(rows, None) for rows in joined(self._early, self._replayed)]
             return
         # The masks belong to the parts: those of the replay must be those of the first pass.
         self._replays = [(self._early[0], before)]
@@ -107,14 +107,6 @@ class FeatureCache:
         if self._leaf_ND is None:
             self._leaf_ND = features_bD.new_empty(self._early[-1].stop, features_bD.shape[1])
         self._leaf_ND[rows] = features_bD
-
-    def _joined(self, parts: Sequence[slice], times: int) -> list[slice]:
-        """The same rows in parts that are `times` as long, or nearly."""
-        if times == 1 or len(parts) < 2:
-            return list(parts)
-        start, stop = parts[0].start, parts[-1].stop
-        longest = times * max(part.stop - part.start for part in parts)
-        return [slice(start + one.start, start + one.stop) for one in parts_of(stop - start, longest)]
 
 
 def accumulate(

@@ -1,7 +1,7 @@
 """Where a batch in parts can take larger ones at no more memory, so that the device idles less.
 
 Enters: a model, the length of its texts, the rows of a batch and the micro-batch. Leaves: the rows that each
-tower takes at once. Called by accumulation.
+tower takes at once. Called by accumulation, and by the stepper, which has them compiled.
 
 The micro-batch is what both towers' graphs have room for. A pass without a graph keeps one layer at a time of
 many, and texts that are replayed have the room of the images to themselves. Small parts are what makes
@@ -19,9 +19,11 @@ from torch import nn
 
 from cliptune_model.attention import image_tokens
 from cliptune_model.clip import Clip
+from cliptune_model.compiled import Pass
 from cliptune_model.machine.workload import tower_of
 from cliptune_trainer.batch_norm import has_batch_norm
 from cliptune_trainer.checkpointing import is_checkpointed, repeated_blocks
+from cliptune_trainer.parts import parts_of
 
 # Without a graph a transformer holds a few layers' tensors, with one those of all its layers: of 12, and of
 # the shallowest in use, 6, less than a quarter.
@@ -59,6 +61,34 @@ class Larger:
             texts=_WITHOUT_GRAPH if keeps_images or keeps_texts else 1,
             replayed_texts=_texts_in_place_of_an_image(clip, text_tokens) if keeps_images else 1,
         )
+
+
+def joined(parts: Sequence[slice], times: int) -> list[slice]:
+    """The rows of adjacent parts in parts that are `times` as long, or nearly."""
+    if times == 1 or len(parts) < 2:
+        return list(parts)
+    start, stop = parts[0].start, parts[-1].stop
+    longest = times * max(part.stop - part.start for part in parts)
+    return [slice(start + one.start, start + one.stop) for one in parts_of(stop - start, longest)]
+
+
+def passes_of(clip: Clip, batch_size: int, micro_batch_size: int, text_tokens: int) -> set[Pass]:
+    """How the rows of a batch go through the towers where nothing is drawn at random."""
+    parts = parts_of(batch_size, micro_batch_size)
+    early, last = parts[:-1], parts[-1]
+    larger = Larger.of(clip, text_tokens) if early else Larger()
+    return {
+        Pass(tokens=tokens, rows=rows.stop - rows.start, with_graph=with_graph)
+        for tokens, without_graph, replayed in (
+            (0, larger.images, 1),
+            (text_tokens, larger.texts, larger.replayed_texts),
+        )
+        for with_graph, some in (
+            (True, [*joined(early, replayed), last]),
+            (False, [*early[:1], *joined(early[1:], without_graph)]),
+        )
+        for rows in some
+    }
 
 
 def _keeps_all(blocks: Sequence[nn.Module]) -> bool:

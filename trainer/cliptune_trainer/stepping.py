@@ -26,13 +26,13 @@ from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.events import Reporter
 from cliptune_trainer.execution import Execution
+from cliptune_trainer.larger_parts import passes_of
 from cliptune_trainer.losses.temperature import hold
 from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.memory.micro_batch import MicroBatch
 from cliptune_trainer.memory.plan import gib
 from cliptune_trainer.memory.pressure import Pressure
 from cliptune_trainer.optim import build_optimizer, load_state_tensors, state_tensors
-from cliptune_trainer.parts import parts_of
 from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
@@ -100,10 +100,8 @@ class Stepper:
             micro_batch_size=plan.micro_batch_size,
         )
         self.compilation = compile_towers(clip, execution.policy.compile)
-        sizes = [part.stop - part.start for part in parts_of(batch_size, plan.micro_batch_size)]
-        self.compilation.warm_up(
-            sorted(set(sizes)), [execution.text_tokens], self.precision.autocast, replays=len(sizes) > 1
-        )
+        passes = passes_of(clip, batch_size, plan.micro_batch_size, execution.text_tokens)
+        self.compilation.warm_up(passes, self.precision.autocast)
         if execution.policy.compiles and self.compilation.choice.value == "off":
             reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
         self._micro_batch = MicroBatch(plan.micro_batch_size)
