@@ -118,10 +118,10 @@ class Geometry:
         left, top, right, bottom = framing.box
         (source_w, source_h), (width, height) = framing.source, framing.size
         per_x, per_y = (right - left) / width, (bottom - top) / height
-        cosine, sine = abs(math.cos(math.radians(degrees))), abs(math.sin(math.radians(degrees)))
+        cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
         # Pixels of the result around it that turn in; one more for the resampling.
-        around_x = max(math.ceil((width * cosine + height * sine - width) / 2), 0) + 1
-        around_y = max(math.ceil((width * sine + height * cosine - height) / 2), 0) + 1
+        around_x = max(math.ceil((width * abs(cosine) + height * abs(sine) - width) / 2), 0) + 1
+        around_y = max(math.ceil((width * abs(sine) + height * abs(cosine) - height) / 2), 0) + 1
         more_left, more_right = (min(int(room / per_x), around_x) for room in (left, source_w - right))
         more_top, more_bottom = (min(int(room / per_y), around_y) for room in (top, source_h - bottom))
         box = (
@@ -141,8 +141,19 @@ class Geometry:
             ),
             mode="edge",
         )
-        whole = Image.fromarray(padded).rotate(degrees, Image.Resampling.BICUBIC)
-        part = whole.crop((around_x, around_y, around_x + width, around_y + height))
+        middle_x, middle_y = width / 2, height / 2
+        back = (
+            cosine,
+            -sine,
+            around_x + middle_x - cosine * middle_x + sine * middle_y,
+            sine,
+            cosine,
+            around_y + middle_y - sine * middle_x - cosine * middle_y,
+        )
+        # The size is right already: bilinear loses little, in a quarter of the time of bicubic.
+        part = Image.fromarray(padded).transform(
+            framing.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR
+        )
         return self._placed(part, framing)
 
     def _resized(self, width: int, height: int) -> Size:
