@@ -7,6 +7,7 @@ the data set's own folder.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import itertools
@@ -111,13 +112,13 @@ def _jsonl(path: Path, columns: list[str]) -> Iterator[list[str]]:
 
 def _find_picture(root: Path, folder: Path, values: Sequence[str]) -> Picture | None:
     """The first value that names a file of the data set, from the table's folder or from the whole's."""
-    for value in values:
-        if not value or len(value) > os.pathconf("/", "PC_PATH_MAX") or "\0" in value:
-            continue
-        for start in (folder, root):
-            real = Path(os.path.realpath(start / value))
-            if real.is_relative_to(root) and real.is_file():
-                return partial(_read, real)
+    for value in filter(None, values):
+        # A caption is tried as a path too: it may be too long for one, or hold what no path can.
+        with contextlib.suppress(OSError, ValueError):
+            for start in (folder, root):
+                real = Path(os.path.realpath(start / value))
+                if real.is_relative_to(root) and real.is_file():
+                    return partial(_read, real)
     return None
 
 
@@ -158,8 +159,10 @@ def _shards(root: Path, shards: Sequence[str], samples: int) -> Look:
                     fields["image"] = member.name
                     picture = partial(bytes, _member(tar, member))
                 elif kind == ".json":
-                    content = json.loads(_member(tar, member))
-                    fields |= {str(name): _short(_text(value)) for name, value in content.items()}
+                    with contextlib.suppress(ValueError):
+                        content = json.loads(_member(tar, member))
+                        if isinstance(content, dict):
+                            fields |= {name: _short(_text(value)) for name, value in content.items()}
                 else:
                     name = "caption" if kind == ".txt" else kind.removeprefix(".")
                     fields[name] = _short(_member(tar, member).decode("utf-8", "replace"))

@@ -31,7 +31,8 @@ MALICIOUS = (
     "../../../../etc/hostname,another's file\n"
     "/etc/hostname,another's file\n"
     "p/bomb.png,claims 50000 × 50000 pixels\n"
-    "p/none.png,not there\n"
+    f"p/none.png,not there: {'a long story ' * 500}\n"
+    "p/nul\0.png,no path\n"
     "p/scan.dcm,only the trainer reads it\n"
     "p/deep.png,16 bits\n"
 )
@@ -82,7 +83,7 @@ async def test_hostile_files_cost_their_own_picture_alone_and_nothing_outside_is
     }
     async with preview_of(tmp_path, files, samples=64) as found:
         pictured = {sample.fields["image"] for sample in found.samples if sample.image.encoded}
-        assert found.rows == len(found.samples) == 8
+        assert found.rows == len(found.samples) == 9
         assert pictured == {"p/good.png", "p/deep.png"}
 
 
