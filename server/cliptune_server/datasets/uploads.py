@@ -36,7 +36,7 @@ _NO_FILE: Final = -1
 
 
 class Upload:
-    """One upload. Made by `create` or `reopen`."""
+    """One upload. Made by `create` or `reopen_all`."""
 
     def __init__(self, folder: Path, request: data_pb2.BeginUploadRequest) -> None:
         self.id: Final = folder.name
