@@ -360,7 +360,9 @@ class TrainSpec(google.protobuf.message.Message):
     without changing its gradient. More than the training rows is refused. Default 64, or all rows where there are fewer.
     """
     learning_rate: builtins.float
-    """Peak learning rate. Default 1e-5 for pretrained weights, 5e-4 from random ones."""
+    """Peak learning rate. Default: 5e-4 from random weights; for pretrained ones by their size, the rows and the steps,
+    about 1e-5 for a ViT-B-32.
+    """
     weight_decay: builtins.float
     """Default 0.1."""
     warmup_fraction: builtins.float
