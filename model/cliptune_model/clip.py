@@ -132,6 +132,7 @@ def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
         InvalidInputError: unknown architecture or tag, or weights that are damaged or do not fit.
         ModelNotFoundError: the folder of "local-dir:" does not exist.
         WeightsUnavailableError: the hub cannot be reached; the message names the offline ways.
+        ModelDamagedError: the weights are not those that the model was released with.
         ConflictError: the architecture needs a package that is not installed.
         ContextLengthError: the text tower cannot be made to take `source.context_length` tokens.
         SpecError: the similarity or a parameter of it is unknown.

@@ -43,6 +43,7 @@ class Manifest:
         similarity_parameters: those that were given; what is learned lies in `SIMILARITY_FILE`.
         similarity_values: what it computes with, given or learned, for a person and for clients.
         similarity_sha256: of the file of a user's own similarity.
+        weights_sha256: of the weights file, compared when they are loaded. Empty: not compared.
         precision: of training: "fp32", "bf16" or "fp16". The weights are fp32.
         job_id: the job that trained it. Empty: none.
         metrics: evaluation after training, by name.
@@ -57,6 +58,7 @@ class Manifest:
     similarity_parameters: Mapping[str, float] = field(default_factory=dict)
     similarity_values: Mapping[str, float] = field(default_factory=dict)
     similarity_sha256: str = ""
+    weights_sha256: str = ""
     precision: str = "fp32"
     job_id: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)

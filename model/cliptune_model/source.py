@@ -24,6 +24,7 @@ from huggingface_hub import constants
 from open_clip import factory as open_clip_factory
 from open_clip import pretrained as open_clip_pretrained
 
+from cliptune.embedded import check_weights, embedded_folder, is_embedded
 from cliptune.errors import (
     ConflictError,
     ContextLengthError,
@@ -58,6 +59,7 @@ class ModelSource:
 
     Attributes:
         name: an open_clip architecture ("ViT-B-32"), a shipped configuration ("cliptune-tiny-vit"),
+            "cliptune-mini" (pretrained, a package of its own),
             "hf-hub:ORG/REPO" or "local-dir:PATH".
         pretrained: open_clip's tag of weights or a weights file, for an architecture. Empty: random weights.
         context_length: tokens of a text, more than the model has. None: the model's own.
@@ -77,10 +79,10 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if not self.name.strip():
-            raise InvalidInputError("the model's name is empty: try 'cliptune-tiny-vit' or 'ViT-B-32'")
+            raise InvalidInputError("the model's name is empty: try 'cliptune-mini' or 'ViT-B-32'")
         if not self.name.removeprefix(LOCAL_DIR).removeprefix(HF_HUB):
             raise InvalidInputError(f"nothing follows {self.name!r}")
-        if self.pretrained and self.name.startswith((LOCAL_DIR, HF_HUB)):
+        if self.pretrained and (self.name.startswith((LOCAL_DIR, HF_HUB)) or is_embedded(self.name)):
             raise InvalidInputError(
                 f"pretrained = {self.pretrained!r} beside {self.name!r}: that source brings its own weights"
             )
@@ -118,14 +120,17 @@ def resolve(source: ModelSource) -> Recipe:
     Raises:
         InvalidInputError: unknown architecture or tag, or a file that is no model.
         ModelNotFoundError: the folder of "local-dir:" does not exist.
-        WeightsUnavailableError: the hub cannot be reached or does not have it.
+        WeightsUnavailableError: the hub cannot be reached or does not have it; no cliptune-mini here.
+        ModelDamagedError: the weights are not those that the model was released with.
         ConflictError: the architecture needs a package that is not installed.
     """
     register_shipped_configs()
     if source.name.startswith(LOCAL_DIR):
-        recipe = _from_folder(source)
+        recipe = _from_folder(Path(source.name.removeprefix(LOCAL_DIR)).expanduser(), source.name)
     elif source.name.startswith(HF_HUB):
         recipe = _from_hub(source)
+    elif is_embedded(source.name):
+        recipe = _from_folder(embedded_folder(source.name), source.name)
     else:
         recipe = _from_architecture(source)
     _check_packages(recipe)
@@ -141,10 +146,9 @@ def architecture_of(model_config: dict[str, Any]) -> str:
     return CUSTOM
 
 
-def _from_folder(source: ModelSource) -> Recipe:
-    folder = Path(source.name.removeprefix(LOCAL_DIR)).expanduser()
+def _from_folder(folder: Path, name: str) -> Recipe:
     if not folder.is_dir():
-        raise ModelNotFoundError(f"no folder {str(folder)!r} (from {source.name!r})", path=folder)
+        raise ModelNotFoundError(f"no folder {str(folder)!r} (from {name!r})", path=folder)
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InvalidInputError(f"{str(folder)!r} has no {CONFIG_FILE}: it is no model in open_clip's format")
@@ -152,6 +156,7 @@ def _from_folder(source: ModelSource) -> Recipe:
         model_config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(f"{str(path)!r} is not a configuration of open_clip: {error!r}") from error
+    check_weights(folder)
     weights = [file for suffix in ("safetensors", "bin", "pth") for file in folder.glob(f"*.{suffix}")]
     if not weights:
         raise InvalidInputError(f"{str(folder)!r} has no weights (*.safetensors, *.bin or *.pth)")

@@ -18,7 +18,8 @@
     │   ├── JobStateError                                       the state is named: `state`
     │   ├── ModelStateError                                     loaded, not loaded, or an alias points at it
     │   ├── HomeLockedError                                     another daemon owns this home
-    │   └── WeightsUnavailableError                             the hub cannot be reached
+    │   ├── WeightsUnavailableError                             not installed, or the hub cannot be reached
+    │   └── ModelDamagedError                                   a file is missing, cut, or another: `file`
     ├── PathOutsideRootsError        PERMISSION_DENIED    403
     ├── UnauthenticatedError         UNAUTHENTICATED      401
     ├── OverloadedError              RESOURCE_EXHAUSTED   429   `retry_after_s`
@@ -127,6 +128,10 @@ class HomeLockedError(ConflictError):
 
 class WeightsUnavailableError(ConflictError):
     """Pretrained weights could not be fetched; the message names the offline ways."""
+
+
+class ModelDamagedError(ConflictError):
+    """A model's file is missing or has another checksum than it should. Metadata: `file`."""
 
 
 class PathOutsideRootsError(CliptuneError):

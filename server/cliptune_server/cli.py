@@ -79,6 +79,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         " several (default: none)",
     )
     parser.add_argument(
+        "--default-model",
+        default="cliptune-mini",
+        metavar="NAME",
+        help="pretrained model that is served while nothing else is, or none (default: %(default)s)",
+    )
+    parser.add_argument(
         "--grace",
         dest="grace_s",
         type=float,
@@ -115,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         code_folders=tuple(arguments.code_folders or ()),
         datasets=DatasetsConfig(quota_bytes=arguments.data_quota_bytes),
+        default_model="" if arguments.default_model == "none" else arguments.default_model,
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from cliptune.embedded import DEFAULT_MODEL, is_embedded
 from cliptune.errors import InvalidInputError
 
 DEFAULT_HOST: Final = "127.0.0.1"
@@ -107,6 +108,8 @@ class ServerConfig:
     as this daemon's user."""
     grace_s: float = 30.0
     """Time that a stop gives to calls in flight and to trainers that checkpoint."""
+    default_model: str = DEFAULT_MODEL
+    """Embedded model that is served while nothing else is. Empty: none."""
     log_level: str = "info"
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     limits: Limits = field(default_factory=Limits)
@@ -124,6 +127,11 @@ class ServerConfig:
             raise InvalidInputError(f"device {self.device!r} is none of {allowed}", allowed=allowed)
         if self.threads is not None and self.threads < 1:
             raise InvalidInputError(f"threads must be at least 1, not {self.threads}")
+        if self.default_model and not is_embedded(self.default_model):
+            raise InvalidInputError(
+                f"{self.default_model!r} cannot be served by default; allowed: {DEFAULT_MODEL}, none",
+                allowed=f"{DEFAULT_MODEL}, none",
+            )
         if self.grace_s < 0:
             raise InvalidInputError(f"grace_s must not be negative, and is {self.grace_s}")
         object.__setattr__(self, "home", self.home.expanduser().absolute())

@@ -126,6 +126,8 @@ def serve_command(
         *(sys.executable, "-m", "cliptune_server"),
         *("--home", str(home), "--host", "127.0.0.1", "--grpc-port", "0", "--http-port", "0"),
         *("--device", device, "--threads", str(threads), *spare),
+        # A test says what is served; `flags` may name it again.
+        *("--default-model", "none"),
         *roots,
         *flags,
     ]

@@ -150,7 +150,7 @@ class ModelFiles:
             raise InternalError(f"{export_dir} is no exported model: it has no {MANIFEST}", path=export_dir)
         manifest: dict[str, Any] = json.loads((export_dir / MANIFEST).read_text(encoding="utf-8"))
         version = self._next_version(name)
-        staging = self._staging()
+        staging = self.draft()
         try:
             shutil.copytree(export_dir, staging, copy_function=_link_or_copy)
             # The manifest is replaced, not written through: its file may be a hard link to the export's.
@@ -175,7 +175,7 @@ class ModelFiles:
             raise ModelNotFoundError(f"there is no model {name}:{version}", model=f"{name}:{version}")
         if version >= self._next_version(name) - 1:
             write_json(self.root / name / _LAST, {"version": version})
-        away = self._staging()
+        away = self.draft()
         path.rename(away)
         sync(path.parent)
         shutil.rmtree(away)
@@ -211,7 +211,8 @@ class ModelFiles:
             last = 0
         return max([last, *self.versions(name)]) + 1
 
-    def _staging(self) -> Path:
+    def draft(self) -> Path:
+        """A new folder's path, below models/.staging/."""
         folder = self.root / _STAGING
         folder.mkdir(parents=True, exist_ok=True)
         return folder / uuid.uuid4().hex

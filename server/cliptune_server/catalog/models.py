@@ -10,6 +10,8 @@ Served is what a reference was loaded for. A version is unloaded when no served 
     load("shapes@prod"), then set_alias("shapes:2", "prod")   2 is loaded, prod moves, 1 is unloaded
     load("shapes:1"), then the same                           1 stays beside 2: asked for by number
 
+A daemon that serves nothing serves its default model, until something else is served or it is unloaded.
+
 Changes run one at a time and to their end, also when the caller goes away. Called by `rpc/models.py`, the
 gateway, jobs and the router; the daemon makes it.
 """
@@ -26,6 +28,7 @@ from typing import Any, Final, Protocol, TypeVar
 from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
+from cliptune_server.catalog.default_model import take_in
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel, check_name
 from cliptune_server.catalog.registry import Reference, Registry
@@ -57,11 +60,16 @@ class Engines(Protocol):
 class Models:
     """Publisher and ModelService's operations; `catalog` answers the router."""
 
-    def __init__(self, *, registry: Registry, engines: Engines, serving_path: Path) -> None:
+    def __init__(
+        self, *, registry: Registry, engines: Engines, serving_path: Path, default_model: str = ""
+    ) -> None:
+        """`default_model`: name of an embedded model that is served while nothing else is; empty: none."""
         self.catalog: Final = LoadedModels(registry)
         self._registry = registry
         self._engines = engines
         self._serving_path = serving_path
+        self._default_model = default_model
+        self._default: PublishedModel | None = None
         self._served: set[Reference] = set()
         self._before: dict[str, PublishedModel] = {}
         """References of the last daemon, with the versions that they mean now, until `restore`."""
@@ -80,12 +88,15 @@ class Models:
                 self._before[text] = await self._registry.find(Reference.parse(text))
             except CliptuneError as error:
                 log.warning("%s was served before and is not there now: %s", text, error.message)
-        for model in self._before.values():
+        if not self._before and self._default_model:
+            self._default = await take_in(self._registry, self._default_model)
+        for model in (*self._before.values(), *([self._default] if self._default else [])):
             self.catalog.announce(model)
 
     async def restore(self) -> None:
-        """Load what was served when the daemon stopped.
+        """Load what was served when the daemon stopped, or the default model when that was nothing.
 
+        The default is no served reference: it gives way as soon as there is one.
         One that cannot be loaded gets a log line: it must not keep the others from being served.
         """
         async with self._changing:
@@ -95,6 +106,11 @@ class Models:
                     await self._load(model)
                 except CliptuneError as error:
                     log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
+            if self._default and not self._served:
+                try:
+                    await self._load(self._default)
+                except CliptuneError as error:
+                    log.warning("%s is not served by default: %s", self._default.key, error.message)
 
     async def stop(self) -> None:
         """Give up the changes that are under way."""

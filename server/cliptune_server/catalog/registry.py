@@ -159,6 +159,10 @@ class Registry:
                 log.info("published %s", model.key)
             return model
 
+    def draft(self) -> Path:
+        """A folder to come, for what is to be published: on the registry's disk, swept at the next start."""
+        return self._files.draft()
+
     async def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point NAME@ALIAS at a version that exists."""
         check_name(alias, "alias")
