@@ -247,6 +247,16 @@ def test_a_learned_scale_begins_where_it_is_told_and_keeps_to_its_bounds() -> No
     assert begin(small_clip("vit").model, LossConfig()).reason.startswith("the model's")
 
 
+def test_a_learned_bias_stays_within_what_scaled_cosines_can_reach() -> None:
+    config = LossConfig(terms=terms("sigmoid"), max_logit_scale=50.0)
+    for similarity, kept in (("cosine", -50.0), ("squared_euclidean", -80.0)):
+        clip = replace(small_clip("siglip"), similarity=similarity_for(similarity, 32))
+        with torch.no_grad():
+            clip.model.logit_bias.fill_(-80.0)  # type: ignore[operator]
+        Objective(config).constrain(clip)
+        assert float(clip.model.logit_bias.detach()) == kept  # type: ignore[operator]
+
+
 def test_a_global_temperature_rises_where_infonces_would_fall_for_ever() -> None:
     """Pairs that are told apart: a softmax only gets sharper, the robust form settles."""
     generator = torch.Generator().manual_seed(0)

@@ -157,7 +157,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
 ROBUST_FORM: Final[LossEntry] = _entry(
     robust,
     "FastCLIP: infonce with a global temperature",
-    parameters={"concentration": Parameter(default=0.5, low=0.01, high=0.99)},
+    parameters={"concentration": Parameter(default=0.3, low=0.01, high=0.99)},
     below_zero=True,
     tables=8,
 )

@@ -145,6 +145,8 @@ class Objective(nn.Module):
     def constrain(self, clip: Comparing) -> None:
         """Brings all that is learned beside the towers back into its bounds; after each step."""
         temperature.clamp(clip.model, self.config)
+        if clip.similarity.unit and BIAS in self.config.needs:
+            temperature.clamp_bias(clip.model, self.config)
         clip.similarity.constrain()
         if self.log_variances is not None:
             self.log_variances.clamp_(-_MAX_LOG_VARIANCE, _MAX_LOG_VARIANCE)

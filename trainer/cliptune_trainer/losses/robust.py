@@ -13,7 +13,7 @@ from cliptune_trainer.losses.contrast import Contrast, both_ways, log_sum_over
 EPSILON = 1e-14
 
 
-def robust(contrast: Contrast, *, concentration: float = 0.5) -> Tensor:
+def robust(contrast: Contrast, *, concentration: float = 0.3) -> Tensor:
     """Robust global contrastive loss over the batch; scalar, below 0 for rows that are told apart well.
 
     Wei et al. 2024 (FastCLIP), Eq. 3 (RGCL-g), halved: with temperature τ = 1 / scale and h the similarities

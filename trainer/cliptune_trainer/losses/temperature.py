@@ -46,6 +46,14 @@ def clamp(model: nn.Module, config: LossConfig) -> None:
         _log_scale(model).clamp_(0.0, math.log(config.max_logit_scale))
 
 
+@torch.no_grad()
+def clamp_bias(model: nn.Module, config: LossConfig) -> None:
+    """Keeps a learned bias within what scaled similarities can reach, for those that are at most 1."""
+    bias = getattr(model, "logit_bias", None)
+    if bias is not None:
+        bias.clamp_(-config.max_logit_scale, config.max_logit_scale)
+
+
 def _log_scale(model: nn.Module) -> nn.Parameter:
     scale = getattr(model, "logit_scale", None)
     if scale is None:
