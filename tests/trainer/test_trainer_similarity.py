@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,13 +25,21 @@ LEARNED = ["mahalanobis", "lorentz"]
 ROWS = 7
 
 
-def compared_by(clip: Clip, name: str) -> Clip:
-    return replace(clip, similarity=similarity_for(name, clip.embedding_dim))
+@pytest.fixture(scope="module")
+def towers() -> Clip:
+    """Shared: not to be changed."""
+    return small_clip("vit")
 
 
-def exact(name: str) -> Clip:
-    """With towers in fp64: near pairs have steep slopes, which would raise the rounding of fp32 ones."""
-    clip = compared_by(small_clip("vit"), name)
+def compared_by(towers: Clip, name: str) -> Clip:
+    """A copy with another similarity."""
+    model = copy.deepcopy(towers.model)
+    return replace(towers, model=model, similarity=similarity_for(name, towers.embedding_dim))
+
+
+def exact(towers: Clip, name: str) -> Clip:
+    """In fp64: near pairs have steep slopes, which would raise the rounding of towers in fp32."""
+    clip = compared_by(towers, name)
     clip.model.double()
     return clip
 
@@ -59,8 +68,10 @@ def trained(clip: Clip) -> Step:
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
-def test_a_batch_in_parts_has_the_gradient_of_the_whole_with_every_similarity(name: str) -> None:
-    clip = exact(name)
+def test_a_batch_in_parts_has_the_gradient_of_the_whole_with_every_similarity(
+    towers: Clip, name: str
+) -> None:
+    clip = exact(towers, name)
     wanted = all_gradients(clip, ROWS)
     assert any(key.startswith("similarity.") for key in wanted) == (name in LEARNED)
     for size in (1, 3):
@@ -68,14 +79,16 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole_with_every_similarity(na
 
 
 @pytest.mark.parametrize("name", [name for name, kind in SIMILARITIES.items() if kind.linear])
-def test_tiles_have_the_gradient_of_the_whole_table_with_every_linear_similarity(name: str) -> None:
-    clip = exact(name)
+def test_tiles_have_the_gradient_of_the_whole_table_with_every_linear_similarity(
+    towers: Clip, name: str
+) -> None:
+    clip = exact(towers, name)
     assert distance(all_gradients(clip, ROWS, block=3), all_gradients(clip, ROWS)) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
-def test_a_model_learns_with_every_similarity_which_learns_too(name: str) -> None:
-    clip, batch = compared_by(small_clip("vit"), name), small_batch(4)
+def test_a_model_learns_with_every_similarity_which_learns_too(towers: Clip, name: str) -> None:
+    clip, batch = compared_by(towers, name), small_batch(4)
     start = {key: one.detach().clone() for key, one in clip.similarity.named_parameters()}
     step = trained(clip)
     losses = [step(batch, 3e-3).loss for _ in range(12)]

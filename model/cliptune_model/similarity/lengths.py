@@ -59,7 +59,7 @@ class Dot(Similarity):
 class SquaredEuclidean(Dot):
     """-|a - b|² of the scaled features a, b: at most 0.
 
-    As in prototypical networks (Snell et al. 2017, section 2.3), whose classes are means too. One product of
+    As in prototypical networks (Snell et al. 2017, Eq. 1 and 2), whose classes are means too. One product of
     P = D + 2: [√2 a, -|a|², 1] . [√2 b, 1, -|b|²]. A client's vectors are the scaled features.
     """
 
@@ -82,7 +82,7 @@ class SquaredEuclidean(Dot):
 class Mahalanobis(SquaredEuclidean):
     """-(a - b)ᵀ W Wᵀ (a - b) with a learned W [D, D], from the identity: which directions matter is learned.
 
-    Weinberger and Saul 2009 (LMNN), section 2.1, with M = W Wᵀ, which so stays positive. A client's vectors
+    Weinberger and Saul 2009 (LMNN), section 2, with M = W Wᵀ, which so stays positive. A client's vectors
     are the scaled features times W: their squared Euclidean distance is the similarity's negative.
     """
 

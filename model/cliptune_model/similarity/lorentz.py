@@ -1,6 +1,6 @@
 """Distances in hyperbolic space, where there is room for trees: general texts near the root, images far out.
 
-Desai et al. 2023 (MERU), section 3 and appendix A, without its entailment loss.
+Desai et al. 2023 (MERU), sections 2 and 3, without its entailment loss.
 
 Shape suffixes: N, M rows, D embedding.
 """
@@ -28,11 +28,11 @@ _EDGE: Final = 1e-6
 class Lorentz(Similarity):
     """Minus the geodesic distance on the hyperboloid of curvature -c: at most 0.
 
-    Features, scaled, are vectors of the tangent space at the origin. The exponential map lifts them (MERU,
-    Eq. 5): x = sinh(√c |v|) / (√c |v|) v, with the time component √(1/c + |x|²) (Eq. 2). The product of
-    prepared vectors [x, x_time] . [y, -y_time] is the Lorentzian inner product (Eq. 1), and the distance is
-    acosh(-c <x, y>) / √c (Eq. 4). c and a scale for each tower are learned. A client's vectors are the
-    space components x. Prompts of a class are averaged in the tangent space, as MERU's evaluation does.
+    Features, scaled, are vectors v of the tangent space at the origin. The exponential map lifts them:
+    x = sinh(√c |v|) / (√c |v|) v, with the time component √(1/c + |x|²). The product of prepared vectors
+    [x, x_time] . [y, -y_time] is the Lorentzian inner product, and the distance is acosh(-c <x, y>) / √c.
+    c and a scale for each tower are learned. A client's vectors are the space components x. Prompts of a
+    class are averaged in the tangent space, as MERU's evaluation does.
     """
 
     name = "lorentz"
