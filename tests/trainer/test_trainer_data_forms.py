@@ -120,6 +120,12 @@ def test_a_column_that_no_line_has_names_those_that_they_have(folder: Path) -> N
     assert len(read(file, caption_column="text").train) == 2
 
 
+def test_json_that_is_not_a_line_each_names_the_form(folder: Path) -> None:
+    (folder / "rows.json").write_text("[]")
+    with pytest.raises(DataError, match=r"\.jsonl"):
+        read(folder / "rows.json")
+
+
 def test_images_of_json_lines_stay_within_the_roots(folder: Path, tiles: Path) -> None:
     file = write_lines(folder, {"image": str(tiles / "0.png"), "caption": "a tile"})
     with pytest.raises(PathOutsideRootsError):
@@ -340,6 +346,10 @@ def test_an_empty_cell_and_a_damaged_image_are_named(tiles: Path, tmp_path: Path
     assert len(dataset.train) == 4
     assert "row 5: rows.parquet, row 5: the cell is empty" in dataset.bad[0]
     assert "row 6: rows.parquet, row 6: not an image file" in dataset.bad[1]
+    wordless = pa.table({"image": ["a.png", None, "b.png"], "caption": [["", None], ["a tile"], []]})
+    pq.write_table(wordless, tmp_path / "wordless.parquet")
+    with pytest.raises(DataError, match=r"3 of 3 rows .* row 1: wordless\.parquet, row 1: caption: the text"):
+        read(tmp_path / "wordless.parquet", max_bad_fraction=0.5)
 
 
 def test_parquet_that_cannot_be_used_says_why(

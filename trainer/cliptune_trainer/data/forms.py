@@ -55,6 +55,8 @@ def read_table(
         return read_parquet(path, config, columns, roots)
     if lower.endswith(_JSON_LINES):
         return read_json_lines(path, config, columns, roots)
+    if lower.endswith(".json"):
+        raise DataError(f"{path}: JSON is read an object a line, from a file named .jsonl", file=path)
     folder = roots.table(path)
     if not folder.is_dir():
         return read_delimited(path, config, columns, roots)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from cliptune.errors import DataError
 from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow, Value, value_of
@@ -47,14 +47,17 @@ def read_parquet(path: str, config: DataConfig, columns: Columns, roots: DataRoo
             status = file.stat()
             digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
             with parquet.ParquetFile(file) as opened:
-                for image, reference, fields in _rows(opened, file, config, columns, roots):
+                for place, found in enumerate(_rows(opened, file, config, columns, roots)):
                     row += 1
+                    # Paths inside parquet files are seldom unique: the place is.
+                    reference = f"{file.name}/{place}"
                     try:
-                        if image is None:
+                        if found.image is None:
                             raise UnusableRow("no image")
-                        pairs += columns.pairs(row, image, reference, fields, split=splits.get(file, ""))
+                        split = splits.get(file, "")
+                        pairs += columns.pairs(row, found.image, reference, found.fields, split=split)
                     except UnusableRow as unusable:
-                        bad.append(BadRow(row=row, reason=str(unusable)))
+                        bad.append(BadRow(row=row, reason=f"{file.name}, row {place + 1}: {unusable}"))
         except (OSError, ValueError) as error:  # pyarrow's own are of these
             raise DataError(f"{file} cannot be read: {error}", file=file) from error
     if not row:
@@ -68,45 +71,55 @@ def read_parquet(path: str, config: DataConfig, columns: Columns, roots: DataRoo
     )
 
 
-def _rows(
-    opened: Any, file: Path, config: DataConfig, columns: Columns, roots: DataRoots
-) -> Iterator[tuple[ImageSource | None, str, dict[str, Value]]]:
-    """For each row its image, how the row names it, and its texts."""
+class _Row(NamedTuple):
+    """A row's image, if it has one, and its texts by column."""
+
+    image: ImageSource | None
+    fields: dict[str, Value]
+
+
+def _rows(opened: Any, file: Path, config: DataConfig, columns: Columns, roots: DataRoots) -> Iterator[_Row]:
     schema = opened.schema_arrow
     columns.check(schema.names, file)
-    image_type = schema.field(config.image_column).type
-    kind = str(image_type)
-    struct = kind.startswith("struct")
-    members = [image_type.field(place).name for place in range(image_type.num_fields)] if struct else []
-    if not ("bytes" in members or kind.removeprefix("large_") in ("binary", "string")):
-        raise DataError(
-            f"{file}: column {config.image_column!r} holds {kind}; images are bytes, {{bytes, path}} or"
-            " paths",
-            file=file,
-        )
-    holds_bytes = "binary" in kind and not _all_null(opened, f"{config.image_column}.bytes")
-    path_column = f"{config.image_column}.path" if "path" in members else config.image_column
-    read_paths = not holds_bytes or "path" in members
+    paths = _path_column(opened, file, config.image_column)
     texts = [name for name in {*columns.wanted.values(), config.caption_column} if name in schema.names]
     names = _class_names(schema, texts)
     image_root = roots.checked(Path(config.image_root)) if config.image_root else file.parent
     row = 0
-    wanted = [*texts, *([path_column] if read_paths else [])]
+    wanted = [*texts, paths] if paths else texts
     for batch in opened.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-        values = batch.to_pydict() if wanted else {}
+        values = batch.to_pydict()
         for place in range(batch.num_rows):
-            named = values[config.image_column][place] if read_paths else None
-            named = named.get("path") if isinstance(named, dict) else named
             image: ImageSource | None = None
-            if holds_bytes:
+            if not paths:
                 image = ParquetCell(file, config.image_column, row)
-            elif named:
+            elif named := _path_of(values[config.image_column][place]):
                 image = roots.checked(image_root / named)
-            # Names inside parquet files are seldom unique: the place is.
-            reference = f"{file.name}/{row}" if holds_bytes else str(named or "")
             found = {name: value_of(_named(values[name][place], names.get(name))) for name in texts}
-            yield image, reference, {name: value for name, value in found.items() if value is not None}
+            yield _Row(image, {name: value for name, value in found.items() if value is not None})
             row += 1
+
+
+def _path_column(opened: Any, file: Path, column: str) -> str:
+    """Where the paths of images are; "": the column holds their bytes. Raises DataError."""
+    held = opened.schema_arrow.field(column).type
+    kind = str(held).removeprefix("large_")
+    if kind.startswith("struct"):
+        members = {held.field(place).name for place in range(held.num_fields)}
+        if "bytes" in members and not ("path" in members and _all_null(opened, f"{column}.bytes")):
+            return ""
+        if "path" in members:
+            return f"{column}.path"
+    elif kind in ("binary", "string"):
+        return column if kind == "string" else ""
+    raise DataError(
+        f"{file}: column {column!r} holds {held}; images are bytes, {{bytes, path}} or paths", file=file
+    )
+
+
+def _path_of(value: object) -> str:
+    found = value.get("path") if isinstance(value, dict) else value
+    return str(found or "")
 
 
 def _all_null(opened: Any, column: str) -> bool:

@@ -97,7 +97,9 @@ class Reading:
         try:
             with _quiet_readers:
                 planes = self._planes(encoded, limits)
-                return planes and Opened(_rgb(eight_bits(planes, self.window)), planes.depth)
+                if planes is None:
+                    return None
+                return Opened(_rgb(eight_bits(planes, self.window)), planes.depth)
         except MemoryError as error:
             raise OverloadedError("not enough memory to decode the image") from error
 
