@@ -27,7 +27,7 @@ from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec.loss import loss_config
 from cliptune_trainer.step import Step
 from tests.trainer.contrasts import identities, towers_of
-from tests.trainer.ranks import gradients_of, gradients_of_rank
+from tests.trainer.ranks import CONFIGS, features_of, gradients_of, gradients_of_rank, scales
 from tests.trainer.towers import small_batch, small_clip
 
 TIMEOUT_S = 120
@@ -142,6 +142,19 @@ def test_terms_are_added_with_their_weights() -> None:
     expected = sum((1.0 + i) * float(parts[name].detach()) for i, name in enumerate(LOSSES))
     assert float(Objective(weighed)(clip, features).detach()) == pytest.approx(expected, rel=1e-12)
     assert Objective(weighed).weights() == [1.0 + i for i in range(len(LOSSES))]
+
+
+@pytest.mark.parametrize("block", [None, 4], ids=["whole", "tiled"])
+def test_a_scale_and_a_bias_of_one_number_each_in_a_row_are_scalars_to_a_loss(block: int | None) -> None:
+    given, features = scales(), features_of(slice(None))
+    expected = {name: Objective(config, block=block)(given, features) for name, config in CONFIGS.items()}
+    for name in ("logit_scale", "logit_bias"):
+        setattr(given.model, name, torch.nn.Parameter(getattr(given.model, name).detach().reshape(1)))
+    for name, config in CONFIGS.items():
+        value = Objective(config, block=block)(given, features)
+        torch.testing.assert_close(value, expected[name])
+        value.backward()  # type: ignore[no-untyped-call]
+    assert given.model.logit_scale.grad.shape == (1,)
 
 
 def test_matryoshka_is_the_mean_over_the_first_dimensions_and_all() -> None:

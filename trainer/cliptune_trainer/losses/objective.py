@@ -101,7 +101,7 @@ class Objective(nn.Module):
         """
         total: Tensor | None = None
         for place, term in enumerate(self.config.terms):
-            value = term.weight * self._bound(term, contrast)(contrast)
+            value = term.weight * self._bound(term)(contrast)
             if self.log_variances is not None:
                 s = self.log_variances[place]
                 value = torch.exp(-s) * value + 0.5 * s
@@ -109,7 +109,7 @@ class Objective(nn.Module):
         assert total is not None
         return total
 
-    def _bound(self, term: Term, contrast: Contrast) -> Loss:
+    def _bound(self, term: Term) -> Loss:
         entry = term.entry(self.config.temperature)
         if self._block is None or entry.tiled is None:
             return partial(entry.function, **term.parameters)
@@ -118,6 +118,7 @@ class Objective(nn.Module):
     def _contrast(self, clip: Comparing, features: Features, width: int | None) -> Contrast:
         """What the losses see; only the first `width` dimensions of every feature, if there is one."""
         similarity, model = clip.similarity, clip.model
+        bias = getattr(model, "logit_bias", None) if BIAS in self.config.needs else None
         image_ND, text_ND, negative_ND = (
             None if one is None else _narrowed(one, width)
             for one in (features.image_ND, features.text_ND, features.negative_ND)
@@ -131,8 +132,9 @@ class Objective(nn.Module):
         return Contrast(
             image_NP=similarity.prepare_images(image_ND),
             text_NP=similarity.prepare_texts(text_ND),
-            logit_scale=cast(Tensor, model.logit_scale).exp(),
-            logit_bias=getattr(model, "logit_bias", None) if BIAS in self.config.needs else None,
+            # Some models keep them as tensors of one number.
+            logit_scale=cast(Tensor, model.logit_scale).exp().reshape(()),
+            logit_bias=None if bias is None else bias.reshape(()),
             identities=features.identities,
             of_products=similarity.of_products,
             in_modal=in_modal,
