@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final
 
 from cliptune.errors import PathOutsideRootsError, SpecError
@@ -107,7 +107,7 @@ def _from_file(reference: str, path: str) -> OwnCode:
     try:
         content = file.read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
-        module = _run(str(file), sha256)
+        module = _run(str(file), content, sha256)
     except Exception as error:  # anything may go wrong in it
         raise _does_not_load(path, str(file), error) from error
     value = module.get(name)
@@ -120,18 +120,17 @@ def _from_file(reference: str, path: str) -> OwnCode:
 
 
 @functools.cache
-def _run(file: str, sha256: str) -> dict[str, Any]:
-    """The names of a file, which runs once for each of its contents."""
-    name = f"cliptune_own_{Path(file).stem}_{sha256[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their own module up
+def _run(file: str, content: bytes, sha256: str) -> dict[str, Any]:
+    """The names of a file, which runs once for each of its contents: these very bytes, no cache of others."""
+    module = ModuleType(f"cliptune_own_{Path(file).stem}_{sha256[:12]}")
+    module.__file__ = file
+    sys.modules[module.__name__] = module  # dataclasses look their own module up
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
+        exec(compile(content, file, "exec", dont_inherit=True), vars(module))
+    except BaseException as error:
+        del sys.modules[module.__name__]
+        if isinstance(error, SystemExit):
+            raise RuntimeError("it ends the process") from error
         raise
     return vars(module)
 

@@ -216,6 +216,8 @@ def test_a_model_folder_brings_no_code(
     ("text", "told"),
     [
         ("import nothing_of_this_name", "does not load: ModuleNotFoundError"),
+        ("exit()", "does not load: RuntimeError: it ends the process"),
+        ("def (", "does not load: SyntaxError"),
         ("Halved = 7", "cannot be made for 64 dimensions: TypeError"),
         ("def Halved(dim, parameters): return dim", "makes a int; allowed: a subclass"),
         ("def Other(): pass", "has no 'Halved'; allowed: Other"),
