@@ -319,9 +319,15 @@ def test_a_data_sets_folder_is_split_as_its_files_are_named(tiles: Path, tmp_pat
     assert len({pair.row for pair in part.train.pairs}) == 12
 
 
-def test_a_class_number_without_a_name_stays_a_number(tiles: Path, tmp_path: Path) -> None:
+def test_class_numbers_have_the_names_that_the_data_set_gives_them(tiles: Path, tmp_path: Path) -> None:
     file = write_parquet(tiles, tmp_path / "rows.parquet", range(6), numbered=False)
     assert read(file, label_column="label").labels == ["0", "1", "2"]
+    features = {"label": {"feature": {"names": list(COLOURS), "_type": "ClassLabel"}, "_type": "List"}}
+    several = pq.read_table(file).set_column(2, "label", pa.array([[0, 2], [1], [], [-1], None, [2]]))
+    described = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(several.replace_schema_metadata(described), file)
+    found = {pair.row: pair.labels for pair in read(file, label_column="label").train.pairs}
+    assert found == {1: ("red", "blue"), 2: ("green",), 3: (), 4: (), 5: (), 6: ("blue",)}
 
 
 def test_cells_are_read_in_any_order_within_bounds(
