@@ -397,13 +397,15 @@ def main() -> None:
         torch._dynamo.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
-    more = {
-        f"Losses over {arguments.steps} steps": curves,
-        f"Where a step of ours goes (matmul ceiling {ceiling:.3g} TFLOP/s)": parts,
-    }
-    if found:
-        more["What each part gives"] = found
-    report("step", rows, device=gpu(torch.cuda.get_device_name()) if device == "cuda" else cores(), more=more)
+        more = {
+            f"Losses over {arguments.steps} steps": curves,
+            f"Where a step of ours goes (matmul ceiling {ceiling:.3g} TFLOP/s)": parts,
+        }
+        if found:
+            more["What each part gives"] = found
+        # After each model: the next takes minutes, and what is known by then is kept.
+        where = gpu(torch.cuda.get_device_name()) if device == "cuda" else cores()
+        report("step", rows, device=where, more=more)
 
 
 if __name__ == "__main__":
