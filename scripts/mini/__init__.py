@@ -3,7 +3,6 @@
     prepare   packages from the configured registries → images, captions, sentences: one folder below 60 MB
     images    image towers: the head of Lite0 onto the teacher's space; the ViT taught by it
     texts     text towers: small transformers taught by the teacher
-    measure   held-out figures of what was trained
     pack      fp16 weights, configurations, model cards, checksums → mini/cliptune_mini
 
 Each step reads the folder that the one before it wrote. A GPU makes `images` and `texts` quick; they run on a

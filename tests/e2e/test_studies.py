@@ -131,7 +131,9 @@ def test_the_plan_tells_what_varies_when_the_spec_does_not_say(shared: tuple[Cli
     plan = client.create_job(spec, validate_only=True).plan
     assert plan is not None
     told = {made.choice: made.reason for made in plan.decisions if made.subject == "tune"}
-    assert set(told) == {"train.learning_rate", "train.weight_decay", "loss.parameters.margin"}
+    loss = {"loss.parameters.margin", "loss.parameters.hardest"}
+    assert set(told) == {"train.learning_rate", "train.weight_decay", *loss}
+    assert told["loss.parameters.hardest"] == "one of 0, 1; first 0"
     assert told["train.learning_rate"] == "0.0001 to 0.01, in the logarithm; first 0.001"
 
 

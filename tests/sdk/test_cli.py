@@ -50,7 +50,8 @@ def test_help_of_every_verb_has_examples_and_needs_nothing_heavy() -> None:
     code = """
 import contextlib, io, sys
 from cliptune.cli.main import main
-for verb in ("", "train", "jobs", "models", "embed", "match", "classify", "serve", "doctor", "demo"):
+VERBS = ("train", "tune", "jobs", "models", "data", "domains", "embed", "match", "classify")
+for verb in ("", *VERBS, "serve", "doctor", "demo"):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
         main([verb, "--help"] if verb else ["--help"])

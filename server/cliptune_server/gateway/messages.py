@@ -97,9 +97,7 @@ def schemas(messages: Iterable[Descriptor] = MESSAGES) -> dict[str, Any]:
 
 
 # Parts of a spec, where a field left out takes its default.
-_REQUEST_ONLY: Final = {spec_pb2.ClassPrompts.DESCRIPTOR.name} | {
-    name for name in spec_pb2.DESCRIPTOR.message_types_by_name if name.endswith("Spec")
-}
+_REQUEST_ONLY: Final = frozenset(spec_pb2.DESCRIPTOR.message_types_by_name)
 
 
 def _json_value(field: FieldDescriptor, value: Any) -> Any:

@@ -186,7 +186,7 @@ def test_a_wrong_spec_is_told_with_its_path_and_what_is_allowed(
         return answer.status_code, problem["reason"], problem["metadata"].get("path", "")
 
     assert refused(train={"epoch": 1}) == (422, "SpecError", "train.epoch")
-    assert refused(loss={"name": "hinge"}) == (422, "SpecError", "loss.name")
+    assert refused(loss={"tiling": "maybe"}) == (422, "SpecError", "loss.tiling")
     assert refused(train={"learning_rate": -1}) == (422, "SpecError", "train.learning_rate")
     status, reason, path = refused(data={"train": "/etc/passwd"})
     assert (status, reason, path) == (403, "PathOutsideRootsError", "/etc/passwd")

@@ -102,7 +102,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
     "multi_positive": _entry(
         multi_positive,
         "SupCon, UniCL: equal captions, images or labels belong together",
-        parameters={"labels": Parameter(default=0.0, low=0.0, high=1.0, needs=LABELS)},
+        parameters={"labels": Parameter(default=0.0, low=0.0, high=1.0, needs=LABELS, switch=True)},
         tiled=_in_tiles(tiled_multi_positive),
         tables=7,
     ),
@@ -146,7 +146,7 @@ LOSSES: Final[dict[str, LossEntry]] = {
         "VSE++: ahead of all others by a margin",
         parameters={
             "margin": Parameter(default=0.2, low=1e-6, high=100.0),
-            "hardest": Parameter(default=0.0, low=0.0, high=1.0),
+            "hardest": Parameter(default=0.0, low=0.0, high=1.0, switch=True),
         },
         tables=7,
     ),

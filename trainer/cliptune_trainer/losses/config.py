@@ -134,7 +134,7 @@ class LossConfig:
                 allowed = ", ".join(entry.parameters) or "none"
                 message = f"{path} is no parameter of {term.name!r}{nearest(name, entry.parameters)}"
                 raise SpecError(f"{message}; allowed: {allowed}", path=path, allowed=allowed)
-            _check(path, value, parameter.low <= value <= parameter.high, parameter.allowed)
+            _check(path, value, parameter.allows(value), parameter.allowed)
 
     def _check_learned_weights(self) -> None:
         if self.weighting != UNCERTAINTY:

@@ -48,17 +48,23 @@ class Parameter:
         default: where it is not given.
         low, high: what it may be, both included.
         needs: of `NEEDS`, what the loss needs when it is not 0; "": nothing more.
+        switch: it is 0 or 1 and nothing between.
     """
 
     default: float
     low: float
     high: float
     needs: str = ""
+    switch: bool = False
+
+    def allows(self, value: float) -> bool:
+        """Whether it may be this; NaN never."""
+        return value in (0.0, 1.0) if self.switch else self.low <= value <= self.high
 
     @property
     def allowed(self) -> str:
         """For a person."""
-        return f"{self.low:g} to {self.high:g}"
+        return "0 or 1" if self.switch else f"{self.low:g} to {self.high:g}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

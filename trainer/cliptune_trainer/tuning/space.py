@@ -122,10 +122,12 @@ def _parameters(spec: Spec) -> dict[str, Parameter]:
 
 
 def _parameter_defaults(spec: Spec) -> dict[str, str]:
-    return {path: repr(parameter.default) for path, parameter in _parameters(spec).items()}
+    return {path: f"{parameter.default:.17g}" for path, parameter in _parameters(spec).items()}
 
 
 def _around(path: str, parameter: Parameter) -> Dimension:
+    if parameter.switch:
+        return Dimension(path=path, values=("0", "1"))
     low, high, middle = parameter.low, parameter.high, parameter.default
     if middle > 0 and (high - low) > _WIDE * middle:
         low, high = max(low, middle / _PARAMETER_FACTOR), min(high, middle * _PARAMETER_FACTOR)
