@@ -25,23 +25,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
+from cliptune_model.acceleration.compiled import compile_towers
+from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.compiled import compile_towers
-from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.data.transfer import Carrier
 from cliptune_trainer.losses import choose_tiling
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.parts import parts_of
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.step import Step, StepOutOfMemoryError
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.parts import parts_of
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
 
 CAPTION_TOKENS: Final = 24
 CLIP_NORM: Final = 1.0

@@ -20,22 +20,22 @@ from torch.utils.data import Dataset as TorchDataset
 
 from bench.record import Columns, Row
 from bench.turns import medians
+from cliptune_model.acceleration.compiled import compile_towers
+from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.compiled import compile_towers
-from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.image.augment import NAMED
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec import DataConfig
-from cliptune_trainer.step import Step
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step
 
 # Until every process has started and what was decoded ahead is used up.
 _WARM_BATCHES = 6

@@ -25,18 +25,18 @@ from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.decide import Hardware, decide_hardware
-from cliptune_trainer.execution import Execution
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.memory.limit import limit_process
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.planning import Planner
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.plan.decide import Hardware, decide_hardware
+from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.spec import DataConfig, LossConfig, ResourceConfig, Spec, TrainConfig
-from cliptune_trainer.step import Step, StepOutOfMemoryError, release_memory
+from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepOutOfMemoryError, release_memory
 
 # Of 24 tokens with the two around it.
 CAPTION: Final = "a photo of " * 7 + "a"

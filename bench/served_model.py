@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.source import ModelSource
 from cliptune_server.catalog.model_files import ModelFiles
 from tests.support.daemon import RunningDaemon, running_daemon
@@ -30,7 +30,7 @@ def served_model(architecture: str, *, threads: int) -> Iterator[tuple[RunningDa
         files = ModelFiles(home / "models")
         export = files.root / ".staging" / "export"
         export.parent.mkdir(parents=True)
-        export_model(clip, export, Manifest.of(clip, job_id=""))
+        export_model(clip, export, manifest_of(clip, job_id=""))
         files.publish(export, name=MODEL, job_id="", metrics={})
         (home / "serving.json").write_text(json.dumps({"references": [MODEL]}))
         with running_daemon(home, threads=threads) as daemon:

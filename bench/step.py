@@ -33,18 +33,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.record import Columns, cores, gpu, report
 from bench.turns import medians, seconds
+from cliptune_model.acceleration.compiled import compile_towers
+from cliptune_model.acceleration.lean import PARTS, make_lean
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.compiled import compile_towers
-from cliptune_model.lean import PARTS, make_lean
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.larger_parts import passes_of
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.optim import BETAS, EPS, build_optimizer, takes_decay
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.step import Step, StepInFlight
+from cliptune_trainer.steps.larger_parts import passes_of
+from cliptune_trainer.steps.optim import BETAS, EPS, build_optimizer, takes_decay
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepInFlight
 
 START, END, WORDS = 49406, 49407, 40_000
 # As for fine-tuning: at a rate for random weights, without warm-up, rounding alone parts the curves.

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from cliptune.errors import InvalidInputError, WeightsUnavailableError
 from cliptune_model.chosen_similarity import build_similarity
-from cliptune_model.context import extend_context
 from cliptune_model.similarity import Similarity
 from cliptune_model.source import CUSTOM, OFFLINE_WAYS, ModelSource, Recipe, resolve
-from cliptune_model.text_tower import encode_text
 from cliptune_model.tokens import check_text, without_waste
-from cliptune_model.trimming import TextTrim
+from cliptune_model.towers.context import extend_context
+from cliptune_model.towers.text_tower import encode_text
+from cliptune_model.towers.trimming import TextTrim
 
 # What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
 _BAD_WEIGHTS: Final = (

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -29,12 +29,42 @@ from torch import Tensor
 from cliptune.durable import is_disk_full, sync
 from cliptune.errors import DiskFullError
 from cliptune_model.clip import Clip, build
-from cliptune_model.manifest import MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
+from cliptune_model.manifest import FORMAT_VERSION, MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
+from cliptune_model.similarity import DEFAULT
 from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
 
-__all__ = ["MANIFEST_FILE", "WEIGHTS_FILE", "Manifest", "export_model", "load_exported", "read_manifest"]
+__all__ = [
+    "MANIFEST_FILE",
+    "WEIGHTS_FILE",
+    "Manifest",
+    "export_model",
+    "load_exported",
+    "manifest_of",
+    "read_manifest",
+]
 
 WEIGHTS_FILE: Final = "open_clip_model.safetensors"
+
+
+def manifest_of(
+    clip: Clip, *, precision: str = "fp32", job_id: str = "", metrics: Mapping[str, float] | None = None
+) -> Manifest:
+    """The manifest of `clip` as it is now."""
+    return Manifest(
+        architecture=clip.architecture,
+        embedding_dim=clip.embedding_dim,
+        image_size=clip.image_size,
+        context_length=clip.context_length,
+        similarity=clip.similarity.name,
+        similarity_parameters=dict(clip.similarity.parameters_given),
+        similarity_values=clip.similarity.values(),
+        similarity_sha256=clip.similarity.sha256,
+        precision=precision,
+        job_id=job_id,
+        metrics=dict(metrics or {}),
+        # A cliptune that knows only the cosine would serve another similarity's model wrongly: it refuses.
+        format_version=1 if clip.similarity.name == DEFAULT else FORMAT_VERSION,
+    )
 
 
 def export_model(clip: Clip, directory: Path, manifest: Manifest) -> None:

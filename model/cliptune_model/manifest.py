@@ -1,6 +1,6 @@
 """The manifest of an exported model: what is known of it beyond open_clip's own files.
 
-Enters: a `Clip` as it is now, or `cliptune.json`. Leaves: a `Manifest`. Called by export and load; the
+Enters: `cliptune.json`, or what export knows. Leaves: a `Manifest`. Called by export and load; the
 daemon's catalog reads the same JSON.
 """
 
@@ -13,13 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from cliptune.errors import InvalidInputError, ModelNotFoundError
 from cliptune_model.similarity import DEFAULT
-
-if TYPE_CHECKING:
-    from cliptune_model.clip import Clip
 
 FORMAT_VERSION: Final = 2  # 1: the similarity is always the cosine
 MANIFEST_FILE: Final = "cliptune.json"
@@ -67,33 +64,6 @@ class Manifest:
     torch_version: str = field(default_factory=lambda: version("torch"))
     open_clip_version: str = field(default_factory=lambda: version("open_clip_torch"))
     format_version: int = 1
-
-    @classmethod
-    def of(
-        cls,
-        clip: Clip,
-        *,
-        precision: str = "fp32",
-        job_id: str = "",
-        metrics: Mapping[str, float] | None = None,
-    ) -> Manifest:
-        """The manifest of `clip` as it is now."""
-        return cls(
-            architecture=clip.architecture,
-            embedding_dim=clip.embedding_dim,
-            image_size=clip.image_size,
-            context_length=clip.context_length,
-            similarity=clip.similarity.name,
-            similarity_parameters=dict(clip.similarity.parameters_given),
-            similarity_values=clip.similarity.values(),
-            similarity_sha256=clip.similarity.sha256,
-            precision=precision,
-            job_id=job_id,
-            metrics=dict(metrics or {}),
-            # A cliptune that knows only the cosine would serve another similarity's model wrongly: it
-            # refuses.
-            format_version=1 if clip.similarity.name == DEFAULT else FORMAT_VERSION,
-        )
 
     def to_json(self) -> str:
         """Text of `cliptune.json`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 import cliptune
 from cliptune_model import own_code
 from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model, load_exported
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_model.similarity import Lorentz
 from cliptune_model.zero_shot import class_embeddings
 from cliptune_server.catalog.model_files import ModelFiles
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files = ModelFiles(folder / "home" / "models")
     files.root.mkdir(parents=True)
     clip = curved_clip()
-    export_model(clip, folder / "export", Manifest.of(clip))
+    export_model(clip, folder / "export", manifest_of(clip))
     files.publish(folder / "export", name="curved", job_id="", metrics={})
     return folder
 

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliptune.errors import InvalidInputError
+from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.attention import (
     AttentionPlan,
     block_shape,
@@ -34,8 +35,7 @@ from cliptune_model.attention import (
 from cliptune_model.attention.exact import attention
 from cliptune_model.attention.plan import bytes_a_score
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model, load_exported
-from cliptune_model.lean import choose_lean, make_lean
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_model.similarity import Cosine
 from cliptune_model.source import ModelSource
 
@@ -452,7 +452,7 @@ def test_what_blocks_cannot_do_is_left_to_torch_and_said_once(caplog: pytest.Log
 
 
 def test_an_engines_model_answers_the_same_in_blocks(tmp_path: Any, clip: Clip) -> None:
-    export_model(clip, tmp_path / "model", Manifest.of(clip))
+    export_model(clip, tmp_path / "model", manifest_of(clip))
     served = load_exported(tmp_path / "model")
     images, tokens = torch.rand(2, 3, *served.image_size), served.tokenize_trimmed(["a cell", "a crack"])
     with torch.inference_mode():

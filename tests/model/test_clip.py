@@ -15,7 +15,7 @@ import torch
 
 from cliptune.errors import TextError
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.pixels import decode_image
 from cliptune_model.source import ModelSource
 from tests.model.conftest import encoded, photo
@@ -29,7 +29,7 @@ def test_the_same_bytes_give_the_vectors_of_plain_open_clip_bit_for_bit(
     clip: Clip, tmp_path_factory: pytest.TempPathFactory, kind: str, mode: str
 ) -> None:
     folder = tmp_path_factory.mktemp("model") / "export"
-    export_model(clip, folder, Manifest.of(clip))
+    export_model(clip, folder, manifest_of(clip))
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     model.eval()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cliptune_model import compiled
+from cliptune_model.acceleration import compiled
+from cliptune_model.acceleration.compiled import Compilation, Pass, compile_towers
+from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.compiled import Compilation, Pass, compile_towers
-from cliptune_model.lean import choose_lean, make_lean
 from cliptune_model.source import ModelSource
-from cliptune_trainer.checkpointing import enable_checkpointing
+from cliptune_trainer.steps.checkpointing import enable_checkpointing
 
 ON = Choice(subject="compile", value="on", reason="asked for")
 ROWS = 3

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from cliptune.errors import ContextLengthError
 from cliptune_model.clip import Clip, build
-from cliptune_model.context import KEPT_POSITIONS, extend_context, longest_context, stretch_positions
-from cliptune_model.exported import Manifest, export_model, load_exported, read_manifest
+from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
 from cliptune_model.source import ModelSource
+from cliptune_model.towers.context import KEPT_POSITIONS, extend_context, longest_context, stretch_positions
 
 VISION = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
@@ -45,7 +45,7 @@ def exported_base(path: Path, config: dict[str, Any], name: str = "cliptune-test
     """Random weights of this configuration, exported; returns the source's name."""
     with known(name, config):
         clip = build(ModelSource(name=name), seed=5)
-    export_model(clip, path, Manifest.of(clip))
+    export_model(clip, path, manifest_of(clip))
     return f"local-dir:{path}"
 
 
@@ -123,7 +123,7 @@ def test_trimmed_texts_embed_as_whole_ones(long: Clip) -> None:
 
 
 def test_plain_open_clip_loads_the_export_equal(long: Clip, tmp_path: Path) -> None:
-    export_model(long, tmp_path / "long", Manifest.of(long))
+    export_model(long, tmp_path / "long", manifest_of(long))
     assert read_manifest(tmp_path / "long").context_length == 248
     name = f"local-dir:{tmp_path / 'long'}"
     plain = open_clip.create_model(name).eval()

@@ -17,7 +17,7 @@ from cliptune.errors import (
     WeightsUnavailableError,
 )
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model, load_exported
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_model.manifest import MANIFEST_FILE
 from cliptune_model.source import ModelSource
 from tests.support.embedded import seal, write_package
@@ -84,7 +84,7 @@ def test_weights_with_one_bit_changed_are_refused(package: Path) -> None:
 def test_another_model_under_its_name_is_refused_though_it_is_whole(package: Path, tmp_path: Path) -> None:
     other = build(ModelSource(name="cliptune-test-vit"), seed=9)
     sums = (package / SUMS).read_text()
-    export_model(other, package / NAME, Manifest.of(other))
+    export_model(other, package / NAME, manifest_of(other))
     seal(package / NAME)
     (package / SUMS).write_text(sums)
     with pytest.raises(ModelDamagedError, match="is another model"):

@@ -15,14 +15,14 @@ import torch
 
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model, load_exported, read_manifest
+from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
 from cliptune_model.source import ModelSource
 
 FILES = {"open_clip_config.json", "open_clip_model.safetensors", "cliptune.json"}
 
 
 def test_an_export_comes_back_equal_with_its_manifest(clip: Clip, tmp_path: Path) -> None:
-    manifest = Manifest.of(clip, precision="bf16", job_id="job-1", metrics={"zero_shot/accuracy": 0.5})
+    manifest = manifest_of(clip, precision="bf16", job_id="job-1", metrics={"zero_shot/accuracy": 0.5})
     export_model(clip, tmp_path / "deep" / "export", manifest)
     folder = tmp_path / "deep" / "export"
     assert {path.name for path in folder.iterdir()} == FILES
@@ -47,7 +47,7 @@ def test_an_export_comes_back_equal_with_its_manifest(clip: Clip, tmp_path: Path
 
 
 def test_a_process_that_never_heard_of_cliptune_loads_the_export(clip: Clip, tmp_path: Path) -> None:
-    export_model(clip, tmp_path / "export", Manifest.of(clip))
+    export_model(clip, tmp_path / "export", manifest_of(clip))
     code = (
         "import sys, torch, open_clip\n"
         f"name = 'local-dir:{tmp_path / 'export'}'\n"
@@ -63,9 +63,9 @@ def test_a_process_that_never_heard_of_cliptune_loads_the_export(clip: Clip, tmp
 
 
 def test_an_export_replaces_an_older_one(clip: Clip, tmp_path: Path) -> None:
-    export_model(clip, tmp_path / "export", Manifest.of(clip, job_id="old"))
+    export_model(clip, tmp_path / "export", manifest_of(clip, job_id="old"))
     other = build(ModelSource(name="cliptune-test-vit"), seed=8)
-    export_model(other, tmp_path / "export", Manifest.of(other, job_id="new"))
+    export_model(other, tmp_path / "export", manifest_of(other, job_id="new"))
     assert read_manifest(tmp_path / "export").job_id == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     weights = load_exported(tmp_path / "export").model.state_dict()["text_projection"]
@@ -93,7 +93,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_model_or_none(tmp_path: Path) 
         "                if seen == moment:\n"
         "                    os.kill(os.getpid(), signal.SIGKILL)\n"
         "        sys.addaudithook(hook)\n"
-        "        export_model(clip, Path(sys.argv[1]) / f'{moment}' / 'export', Manifest.of(clip))\n"
+        "        export_model(clip, Path(sys.argv[1]) / f'{moment}' / 'export', manifest_of(clip))\n"
         "        os._exit(0)\n"
         "    status = os.waitpid(child, 0)[1]\n"
         "    print(moment, status, flush=True)\n"
@@ -125,7 +125,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_model_or_none(tmp_path: Path) 
         for path in (tmp_path / "kills" / str(moment)).glob(".export.partial-*")
         if not (path.parent / "export").exists()
     )
-    export_model(whole, half.parent / "export", Manifest.of(whole))
+    export_model(whole, half.parent / "export", manifest_of(whole))
     assert [path.name for path in half.parent.iterdir()] == ["export"]
 
 
@@ -133,13 +133,13 @@ def test_a_kill_at_any_system_call_leaves_a_whole_model_or_none(tmp_path: Path) 
 def test_a_full_disk_is_told_and_leaves_the_old_model(clip: Clip, tmp_path: Path) -> None:
     import resource
 
-    export_model(clip, tmp_path / "export", Manifest.of(clip, job_id="old"))
+    export_model(clip, tmp_path / "export", manifest_of(clip, job_id="old"))
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
     try:
         with pytest.raises(DiskFullError, match="no space left"):
-            export_model(clip, tmp_path / "export", Manifest.of(clip, job_id="new"))
+            export_model(clip, tmp_path / "export", manifest_of(clip, job_id="new"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)
@@ -151,7 +151,7 @@ def test_tensors_under_two_names_are_exported_twice(tmp_path: Path) -> None:
     clip = build(ModelSource(name="cliptune-test-vit"))
     blocks = clip.model.visual.transformer.resblocks  # type: ignore[union-attr]
     blocks[1].mlp.c_fc.weight = blocks[0].mlp.c_fc.weight  # type: ignore[index,union-attr]
-    export_model(clip, tmp_path / "export", Manifest.of(clip))
+    export_model(clip, tmp_path / "export", manifest_of(clip))
     assert open_clip.create_model(f"local-dir:{tmp_path / 'export'}") is not None
 
 
@@ -160,7 +160,7 @@ def test_absent_damaged_and_newer_models_are_told_apart(clip: Clip, tmp_path: Pa
         load_exported(tmp_path / "absent")
     with pytest.raises(ModelNotFoundError):
         read_manifest(tmp_path / "absent")
-    export_model(clip, tmp_path / "export", Manifest.of(clip))
+    export_model(clip, tmp_path / "export", manifest_of(clip))
     path = tmp_path / "export" / "cliptune.json"
     text = path.read_text()
     path.write_text(text[: len(text) // 2])

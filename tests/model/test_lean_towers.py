@@ -9,13 +9,13 @@ from open_clip.model import CLIP, CustomTextCLIP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cliptune_model.acceleration.lean import PARTS, choose_lean, make_lean
 from cliptune_model.attention import AttentionPlan, install, uninstall
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
-from cliptune_model.lean import PARTS, choose_lean, make_lean
-from cliptune_model.lean_blocks import LeanAttention, PooledBlock
 from cliptune_model.source import ModelSource
-from cliptune_model.text_tower import encode_text
+from cliptune_model.towers.lean_blocks import LeanAttention, PooledBlock
+from cliptune_model.towers.text_tower import encode_text
 
 VISION: dict[str, Any] = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 TEXT: dict[str, Any] = {"context_length": 24, "width": 32, "heads": 2, "layers": 2}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from cliptune.errors import ConflictError, InvalidInputError, PathOutsideRootsError, SpecError
 from cliptune_model import own_code
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model, load_exported, read_manifest
+from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
 from cliptune_model.similarity import similarity_for
 from cliptune_model.source import ModelSource
 from cliptune_model.zero_shot import class_embeddings
@@ -79,7 +79,7 @@ def test_what_a_similarity_has_learned_comes_back_with_the_model(
     with torch.no_grad():
         for one in compared.similarity.parameters():
             one.sub_(0.05)
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     manifest = read_manifest(tmp_path / "export")
     assert manifest.similarity == name
     assert manifest.similarity_values == pytest.approx(compared.similarity.values())
@@ -102,7 +102,7 @@ def test_an_export_on_the_hub_brings_its_similarity(
             one.sub_(0.05)
     # As the hub's client keeps a repository; the hub itself is not asked.
     cache = tmp_path / "models--someone--cells"
-    export_model(compared, cache / "snapshots" / "c0ffee", Manifest.of(compared))
+    export_model(compared, cache / "snapshots" / "c0ffee", manifest_of(compared))
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text("c0ffee")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", os.fspath(tmp_path))
@@ -118,8 +118,8 @@ def test_an_export_on_the_hub_brings_its_similarity(
 def test_a_cliptune_that_knows_only_the_cosine_refuses_a_model_of_another_similarity(
     clip: Clip, tmp_path: Path
 ) -> None:
-    assert Manifest.of(clip).format_version == 1
-    assert Manifest.of(compared_by(clip, "dot")).format_version == 2
+    assert manifest_of(clip).format_version == 1
+    assert manifest_of(compared_by(clip, "dot")).format_version == 2
 
 
 def test_a_similarity_that_is_asked_for_begins_anew_where_it_is_another_or_has_parameters(
@@ -130,7 +130,7 @@ def test_a_similarity_that_is_asked_for_begins_anew_where_it_is_another_or_has_p
         compared.similarity.log_curvature.fill_(1.0)  # type: ignore[operator]
     learned = compared.similarity.values()["curvature"]
     folder = f"local-dir:{tmp_path / 'export'}"
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
 
     def curvature(source: ModelSource) -> float | None:
         return build(source).similarity.values().get("curvature")
@@ -144,7 +144,7 @@ def test_a_similarity_that_is_asked_for_begins_anew_where_it_is_another_or_has_p
 
 def test_a_model_without_what_its_similarity_has_learned_is_not_loaded(clip: Clip, tmp_path: Path) -> None:
     compared = compared_by(clip, "mahalanobis")
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     path = tmp_path / "export" / "cliptune_similarity.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InvalidInputError, match=r"cliptune_similarity.safetensors.*does not load"):
@@ -168,7 +168,7 @@ def test_prompts_of_a_class_are_averaged_as_the_similarity_says(clip: Clip, name
 def test_a_users_own_similarity_comes_back_from_its_file(clip: Clip, own: Path, tmp_path: Path) -> None:
     compared = compared_by(clip, "halved.py:Halved", power=2.0)  # relative to the folder that is allowed
     assert compared.similarity.name == f"{own}:Halved"
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     again = load_exported(tmp_path / "export")
     assert again.similarity.parameters_given == {"power": 2.0}
     torch.testing.assert_close(scores(again), scores(compared))
@@ -179,7 +179,7 @@ def test_a_model_whose_similarity_has_changed_since_is_not_loaded(
     clip: Clip, own: Path, tmp_path: Path
 ) -> None:
     compared = compared_by(clip, f"{own}:Halved")
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     own.write_text(own.read_text().replace("0.5 * products", "0.25 * products"))
     with pytest.raises(ConflictError, match="put that file back"):
         load_exported(tmp_path / "export")
@@ -206,7 +206,7 @@ def test_a_model_folder_brings_no_code(
     clip: Clip, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = compared_by(clip, f"{own}:Halved")
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     monkeypatch.setenv(own_code.ENVIRONMENT, "")
     with pytest.raises(ConflictError, match=r"cannot be had.*runs no code of files"):
         load_exported(tmp_path / "export")
@@ -243,7 +243,7 @@ def test_an_installed_similarity_goes_by_its_entry_point(
 
     compared = compared_by(clip, "half")
     assert compared.similarity.name == "half"
-    export_model(compared, tmp_path / "export", Manifest.of(compared))
+    export_model(compared, tmp_path / "export", manifest_of(compared))
     torch.testing.assert_close(scores(load_exported(tmp_path / "export")), scores(compared))
     with pytest.raises(SpecError, match=r"did you mean 'half'\?"):
         similarity_for("halff", 64)

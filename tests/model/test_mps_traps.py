@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.source import CONFIG_FOLDER, ModelSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ class Devices(TorchDispatchMode):
 
 
 def test_trap_5_weights_stored_in_half_precision_are_trained_in_fp32(clip: Clip, tmp_path: Path) -> None:
-    export_model(clip, tmp_path / "model", Manifest.of(clip))
+    export_model(clip, tmp_path / "model", manifest_of(clip))
     weights = tmp_path / "model" / "open_clip_model.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
     loaded = build(ModelSource(name=f"local-dir:{tmp_path / 'model'}"))
@@ -80,7 +80,7 @@ def test_trap_7_position_embeddings_are_resized_on_the_cpu_in_fp32_whatever_the_
     clip: Clip, tmp_path: Path
 ) -> None:
     # The weights of 32-pixel images into a model of 48-pixel ones, on a device that is not the CPU.
-    export_model(clip, tmp_path / "small", Manifest.of(clip))
+    export_model(clip, tmp_path / "small", manifest_of(clip))
     config = json.loads((CONFIG_FOLDER / "cliptune-test-vit.json").read_text())
     config["vision_cfg"]["image_size"] = 48
     folder = tmp_path / "large"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cliptune.errors import TensorError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-from cliptune_model.text_tower import encode_text
-from cliptune_model.trimming import TextTrim, choose_trimming
+from cliptune_model.towers.text_tower import encode_text
+from cliptune_model.towers.trimming import TextTrim, choose_trimming
 
 CONTEXT = 40
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}

@@ -24,17 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from cliptune_model.attention import MODES, AttentionPlan, image_tokens, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import CONFIG_FOLDER, ModelSource
-from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.entry import BIAS, TEACHER
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.step import Step
-from cliptune_trainer.teacher import StartingModel
+from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step
+from cliptune_trainer.steps.teacher import StartingModel
 from tests.mps import mistakes
 from tests.support.fake_mps.watch import Watch
 from tests.trainer.towers import small_clip

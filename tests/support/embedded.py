@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cliptune.embedded import DEFAULT_MODEL, MANIFEST, SUMS, WEIGHTS
 from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 
 
 def write_package(root: Path, clip: Clip, *names: str) -> Path:
@@ -17,7 +17,7 @@ def write_package(root: Path, clip: Clip, *names: str) -> Path:
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     for name in names:
-        export_model(clip, package / name, Manifest.of(clip))
+        export_model(clip, package / name, manifest_of(clip))
         seal(package / name)
     return package
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.source import ModelSource
 from cliptune_server.catalog.model_files import ModelFiles, PublishedModel
 
@@ -28,7 +28,7 @@ def export_test_model(
 ) -> Clip:
     """Write the model of this seed to `directory` as the trainer would, and return it."""
     clip = build_test_clip(seed)
-    export_model(clip, directory, Manifest.of(clip, job_id=job_id, metrics=metrics))
+    export_model(clip, directory, manifest_of(clip, job_id=job_id, metrics=metrics))
     return clip
 
 

@@ -23,13 +23,13 @@ from cliptune_trainer.contract import (
     try_own_code,
     try_similarity,
 )
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
 from cliptune_trainer.losses.catalog import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.contrast import Contrast
 from cliptune_trainer.losses.own import declares
 from cliptune_trainer.preflight import prepare
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
 from tests.trainer.conftest import MakeJob
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "your-own-loss.md"

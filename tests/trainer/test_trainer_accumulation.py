@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.accumulation import accumulate, loss_of_features
-from cliptune_trainer.batch_norm import FROZEN, PASSING, WHOLE, BatchNorms, choose_batch_norm
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.parts import parts_of
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.replay import RandomState
-from cliptune_trainer.teacher import StartingModel
+from cliptune_trainer.steps.accumulation import accumulate, loss_of_features
+from cliptune_trainer.steps.batch_norm import FROZEN, PASSING, WHOLE, BatchNorms, choose_batch_norm
+from cliptune_trainer.steps.parts import parts_of
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.replay import RandomState
+from cliptune_trainer.steps.teacher import StartingModel
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 FP32 = Precision("fp32", "cpu")

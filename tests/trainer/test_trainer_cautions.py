@@ -17,16 +17,16 @@ from cliptune.spec_shape import validate_shape
 from cliptune.v1 import job_pb2, spec_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-from cliptune_trainer.cautions import settings_to_mind
-from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
-from cliptune_trainer.learning_rate import choose_learning_rate, weight_size
+from cliptune_trainer.image.augment import NAMED, NONE, Augmentation
 from cliptune_trainer.losses.config import LossConfig
+from cliptune_trainer.plan.cautions import settings_to_mind
+from cliptune_trainer.plan.learning_rate import choose_learning_rate, weight_size
 from cliptune_trainer.preflight import prepare
 from cliptune_trainer.remark import Remark
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
 from cliptune_trainer.spec import DataConfig, Spec, TrainConfig, from_proto
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.accumulation import accumulate
-from cliptune_trainer.checkpointing import (
+from cliptune_trainer.losses.objective import Objective
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.checkpointing import (
     Checkpointed,
     disable_checkpointing,
     enable_checkpointing,
     repeated_blocks,
 )
-from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.steps.precision import Precision
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 

@@ -10,7 +10,6 @@ import torch
 
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.augment import NAMED
 from cliptune_trainer.data.dataset import Pairs, read_dataset
 from cliptune_trainer.data.findings import Findings
 from cliptune_trainer.data.forms import read_table
@@ -18,6 +17,7 @@ from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group
 from cliptune_trainer.data.table import Pair
+from cliptune_trainer.image.augment import NAMED
 from cliptune_trainer.spec import DataConfig
 from tests.trainer.batches import same
 

@@ -14,13 +14,13 @@ from PIL import Image
 
 from cliptune.errors import SpecError
 from cliptune.v1 import job_pb2
-from cliptune_trainer.commands import Inbox
 from cliptune_trainer.evaluation import ClassScore, Measurement
 from cliptune_trainer.evaluation.confusion_picture import draw_confusion
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
 from cliptune_trainer.preflight import prepare
-from cliptune_trainer.run import run
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 

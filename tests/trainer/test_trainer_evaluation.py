@@ -20,9 +20,9 @@ from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.evaluation import EvaluationInterrupted, Interval, evaluate
 from cliptune_trainer.evaluation.bootstrap import intervals
+from cliptune_trainer.evaluation.metrics import Booleans, Floats, share
 from cliptune_trainer.evaluation.truth import Truth
 from cliptune_trainer.evaluation.units import Units
-from cliptune_trainer.metrics import Booleans, Floats, share
 from cliptune_trainer.spec import ClassConfig
 
 COLOURS = ("red", "green", "blue")

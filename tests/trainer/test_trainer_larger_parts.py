@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.accumulation import accumulate
-from cliptune_trainer.checkpointing import enable_checkpointing
 from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.larger_parts import Larger, passes_of
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.checkpointing import enable_checkpointing
+from cliptune_trainer.steps.larger_parts import Larger, passes_of
+from cliptune_trainer.steps.precision import Precision
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 FP32 = Precision("fp32", "cpu")

@@ -19,7 +19,6 @@ from cliptune.errors import DataError, ImageDecodeError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data import pools
-from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.decode import Decoder
@@ -27,6 +26,7 @@ from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.loader import Batch, Loader
 from cliptune_trainer.data.shared import NamedBytes
 from cliptune_trainer.data.table import Pair
+from cliptune_trainer.image.augment import NAMED, NONE, Augmentation
 from tests.trainer.batches import same
 
 CPU = torch.device("cpu")

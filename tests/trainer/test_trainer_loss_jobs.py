@@ -15,12 +15,12 @@ import torch
 from cliptune.errors import SpecError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model, load_exported
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_trainer.preflight import prepare
-from cliptune_trainer.run import run
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 
@@ -47,7 +47,7 @@ def _free_again() -> Iterator[None]:
 @pytest.fixture
 def pretrained(clip: Clip, tmp_path: Path) -> str:
     folder = tmp_path / "pretrained"
-    export_model(clip, folder, Manifest.of(clip))
+    export_model(clip, folder, manifest_of(clip))
     return f"local-dir:{folder}"
 
 

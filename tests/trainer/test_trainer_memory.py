@@ -16,8 +16,6 @@ from torch import nn
 from cliptune_model.attention import AttentionPlan, image_tokens, installed
 from cliptune_model.clip import Clip
 from cliptune_model.machine.workload import Workload
-from cliptune_trainer.accumulation import accumulate
-from cliptune_trainer.checkpointing import Checkpointed, enable_checkpointing
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory import estimate as estimating
 from cliptune_trainer.memory import pressure
@@ -25,10 +23,12 @@ from cliptune_trainer.memory.cache import CachedPlan, PlanCache
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.memory.estimate import OVERHEAD, Estimate, Estimator
 from cliptune_trainer.memory.micro_batch import PATIENCE_STEPS, MicroBatch
-from cliptune_trainer.memory.out_of_memory import is_out_of_memory
 from cliptune_trainer.memory.plan import Demand, DoesNotFitError, Way, even_parts, passes, settle, ways
 from cliptune_trainer.memory.probe import MAX_PROBES, DeviceProbe, Measured, search
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.out_of_memory import is_out_of_memory
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.checkpointing import Checkpointed, enable_checkpointing
+from cliptune_trainer.steps.precision import Precision
 from tests.trainer.towers import small_batch, small_clip
 
 SDPA = AttentionPlan(mode="sdpa")

@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import (
 )
 from torchmetrics.functional.retrieval import retrieval_average_precision
 
-from cliptune_trainer.metrics import (
+from cliptune_trainer.evaluation.metrics import (
     Booleans,
     Floats,
     Integers,

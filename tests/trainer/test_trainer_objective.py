@@ -22,10 +22,10 @@ from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.losses.sizing import choose_objective_tiling, objective_bytes
 from cliptune_trainer.losses.temperature import begin, clamp, hold
 from cliptune_trainer.memory.count import LiveBytes
-from cliptune_trainer.optim import build_optimizer, load_state_tensors, state_tensors
-from cliptune_trainer.precision import Precision
 from cliptune_trainer.spec.loss import loss_config
-from cliptune_trainer.step import Step
+from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step
 from tests.trainer.contrasts import identities, towers_of
 from tests.trainer.ranks import CONFIGS, features_of, gradients_of, gradients_of_rank, scales
 from tests.trainer.towers import small_batch, small_clip

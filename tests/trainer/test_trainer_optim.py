@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.optim import build_optimizer, set_learning_rate, takes_decay
+from cliptune_trainer.steps.optim import build_optimizer, set_learning_rate, takes_decay
 
 
 def test_the_logit_scale_has_a_learning_rate_of_its_own_in_proportion_to_the_others(clip: Clip) -> None:

@@ -19,8 +19,8 @@ from cliptune.errors import InvalidInputError, OverloadedError, SpecError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model, load_exported
-from cliptune_trainer.commands import Inbox
+from cliptune_model.exported import export_model, load_exported, manifest_of
+from cliptune_trainer.reporting.commands import Inbox
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 from tests.trainer.test_trainer_run import _free_again, prepared, trained
@@ -155,7 +155,7 @@ def wide_model(clip: Clip, tmp_path: Path) -> str:
     text = {"context_length": 16, "vocab_size": 49408, "width": 256, "heads": 2, "layers": 1}
     config = {**clip.model_config, "embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
     wide = replace(clip, model=open_clip.CLIP(32, vision, text), model_config=config)
-    export_model(wide, tmp_path / "wide", Manifest.of(wide))
+    export_model(wide, tmp_path / "wide", manifest_of(wide))
     return f"local-dir:{tmp_path / 'wide'}"
 
 
@@ -229,7 +229,7 @@ def test_the_sigmoid_loss_gives_a_model_its_bias_and_calibrates_a_pretrained_one
 
     with torch.no_grad():
         clip.model.logit_scale.fill_(4.6052)  # type: ignore[operator]
-    export_model(clip, tmp_path / "softmax", Manifest.of(clip))
+    export_model(clip, tmp_path / "softmax", manifest_of(clip))
     tuned = make_job("tuned", train=SHORT, loss=sigmoid, model={"name": f"local-dir:{tmp_path / 'softmax'}"})
     trained(tuned)
     assert "logit-bias-calibrated" in tuned.notices(1)

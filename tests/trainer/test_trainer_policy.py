@@ -12,11 +12,11 @@ from cliptune.errors import InvalidInputError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.machine.hardware import detect
 from cliptune_model.machine.proofs import Proof, Proofs, save_proofs
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
 from cliptune_trainer.preflight import prepare
-from cliptune_trainer.run import run
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 

@@ -14,19 +14,19 @@ from torch.amp.grad_scaler import GradScaler
 from cliptune.errors import InvalidInputError
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
-from cliptune_trainer.checkpoint import checkpoints
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.journal import Journal
 from cliptune_trainer.losses import Contrast
 from cliptune_trainer.losses.objective import Features, Objective
-from cliptune_trainer.nan_guard import Culprit
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.outcomes import MAX_SKIPPED_IN_ROW
-from cliptune_trainer.precision import LossScaler, Precision
 from cliptune_trainer.preflight import prepare
-from cliptune_trainer.run import run
-from cliptune_trainer.step import Step
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.steps.nan_guard import Culprit
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.precision import LossScaler, Precision
+from cliptune_trainer.steps.step import Step
+from cliptune_trainer.training.checkpoint import checkpoints
+from cliptune_trainer.training.outcomes import MAX_SKIPPED_IN_ROW
+from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 from tests.trainer.towers import small_batch, small_clip

@@ -19,7 +19,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from cliptune.errors import ConflictError, ImageDecodeError, ImageSizeError, SpecError
 from cliptune_model.pixels import PixelLimits, decode_image
 from cliptune_trainer.data.decode import Decoder
-from cliptune_trainer.data.reading import Reading
+from cliptune_trainer.image.reading import Reading
 from tests.support import images
 
 RAMP: Any = np.arange(64, dtype=np.uint16).reshape(8, 8)

@@ -25,13 +25,13 @@ from cliptune.errors import (
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
-from cliptune_model.exported import Manifest, export_model
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.hold import Ending
-from cliptune_trainer.journal import Journal
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_trainer.preflight import prepare
-from cliptune_trainer.run import run
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.training.hold import Ending
+from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
 
@@ -174,7 +174,7 @@ def test_a_run_that_was_killed_before_its_export_only_exports(make_job: MakeJob)
 def test_a_loss_that_never_is_finite_fails_with_advice(make_job: MakeJob, clip: Clip, tmp_path: Path) -> None:
     with torch.no_grad():
         cast(nn.Parameter, clip.model.visual.proj).fill_(torch.nan)  # type: ignore[union-attr]
-    export_model(clip, tmp_path / "broken", Manifest.of(clip))
+    export_model(clip, tmp_path / "broken", manifest_of(clip))
     job = make_job(
         train={"epochs": 4, "batch_size": 8},
         data={"validation_fraction": 0},

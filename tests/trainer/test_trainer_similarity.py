@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model
+from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.similarity import SIMILARITIES, similarity_for
 from cliptune_model.source import ModelSource
-from cliptune_trainer.accumulation import accumulate
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.optim import build_optimizer, load_state_tensors, state_tensors
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.step import Step
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step
 from tests.trainer.towers import distance, gradients, small_batch, small_clip
 
 LEARNED = ["mahalanobis", "lorentz"]
@@ -107,7 +107,7 @@ def test_training_goes_on_to_the_bit_from_what_a_checkpoint_keeps_of_a_similarit
     step = trained(clip)
     for _ in range(2):
         step(batch, 1e-3)
-    export_model(clip, tmp_path / "model", Manifest.of(clip))
+    export_model(clip, tmp_path / "model", manifest_of(clip))
     moments = {key: value.clone() for key, value in state_tensors(step._optimizer).items()}
     assert any(key.startswith("similarity.") for key in moments)
 

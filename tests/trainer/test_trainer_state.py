@@ -19,7 +19,10 @@ from cliptune.errors import DiskFullError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip
-from cliptune_trainer.checkpoint import (
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.schedule import PeakHistory, Schedule
+from cliptune_trainer.training.checkpoint import (
     CorruptCheckpointError,
     TrainingState,
     checkpoints,
@@ -28,9 +31,6 @@ from cliptune_trainer.checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.journal import Journal
-from cliptune_trainer.schedule import PeakHistory, Schedule
 
 EVENT = job_pb2.JobEvent(log=job_pb2.LogLine(level="info", message="hello"))
 

@@ -16,14 +16,14 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.optim import (
+from cliptune_trainer.steps.optim import (
     build_optimizer,
     load_state_tensors,
     state_tensors,
     takes_decay,
 )
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.step import Step, StepOutOfMemoryError
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
 from tests.trainer.towers import small_batch, small_clip
 
 

@@ -23,11 +23,11 @@ from cliptune.telemetry import configure_logging, configure_tracing
 from cliptune.tracing import extract_environment, tracer
 from cliptune_model.machine.hardware import host
 from cliptune_model.machine.policy import prepare_process
-from cliptune_trainer.commands import Inbox
-from cliptune_trainer.events import JournalHandler, Reporter
 from cliptune_trainer.job import JobFolder
-from cliptune_trainer.journal import Journal
-from cliptune_trainer.link import Link
+from cliptune_trainer.reporting.commands import Inbox
+from cliptune_trainer.reporting.events import JournalHandler, Reporter
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.reporting.link import Link
 
 _log = logging.getLogger("cliptune_trainer")
 
@@ -113,7 +113,7 @@ def _run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox
         else:
             # Read by torch at its first use of the device.
             prepare_process("auto", host())
-            from cliptune_trainer.run import run
+            from cliptune_trainer.training.run import run
 
             ending = run(job, roots, reporter, inbox, linked=linked)
     except CliptuneError as error:

@@ -30,20 +30,20 @@ from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.decide import Decisions, decide, decide_hardware
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.execution import Execution
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.losses.temperature import begin, hold
 from cliptune_trainer.memory.cache import PlanCache
-from cliptune_trainer.optim import build_optimizer
-from cliptune_trainer.plan_spec import domain_choices, spec_as_run
-from cliptune_trainer.planning import Planner
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.plan.decide import Decisions, decide, decide_hardware
+from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.plan_spec import domain_choices, spec_as_run
+from cliptune_trainer.plan.planning import Planner
+from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
-from cliptune_trainer.step import Step, StepOutOfMemoryError
-from cliptune_trainer.teacher import StartingModel
+from cliptune_trainer.steps.optim import build_optimizer
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
+from cliptune_trainer.steps.teacher import StartingModel
 from cliptune_trainer.tuning.space import check_measured, space_choices, space_of
 from cliptune_trainer.tuning.space_file import write_space
 

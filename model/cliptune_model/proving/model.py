@@ -20,7 +20,7 @@ from torch.optim import SGD
 
 from cliptune.errors import ImageDecodeError
 from cliptune_model.clip import Clip, build
-from cliptune_model.exported import Manifest, export_model, load_exported
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_model.machine.proofs import Proof
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.pixels import FORMATS, decode_image
@@ -92,7 +92,7 @@ def export_difference(device: str) -> float:
     """Export, load and embed: the largest difference between the vectors before and after; 0 is right."""
     clip = build(PROBE_MODEL, device=device)
     with tempfile.TemporaryDirectory(prefix="cliptune-doctor-") as folder:
-        export_model(clip, Path(folder) / "model", Manifest.of(clip))
+        export_model(clip, Path(folder) / "model", manifest_of(clip))
         loaded = load_exported(Path(folder) / "model", device=device)
     images_BCHW, tokens_BL = (part.to(device) for part in _batch(clip))
     with torch.inference_mode():

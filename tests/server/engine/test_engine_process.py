@@ -33,7 +33,7 @@ from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack, unpack
 from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
-from cliptune_model.exported import Manifest, export_model, load_exported
+from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
 from tests.server.engine.collector import Collector, collecting
 from tests.support import images
@@ -399,7 +399,7 @@ async def test_a_model_that_cannot_work_is_refused_when_loaded(
     clip = load_exported(model_dir)
     with torch.no_grad():
         next(clip.model.parameters()).fill_(float("nan"))
-    export_model(clip, tmp_path / "nan", Manifest.of(clip))
+    export_model(clip, tmp_path / "nan", manifest_of(clip))
     with pytest.raises(ModelStateError, match="does not work"):
         await load(engine, "m:4", tmp_path / "nan")
     weights = tmp_path / "nan" / "open_clip_model.safetensors"
@@ -417,7 +417,7 @@ async def test_a_text_on_which_the_tower_computes_nan_fails_alone(
     (poison,) = clip.tokenize(["zebra"])[:, 1].tolist()
     with torch.no_grad():
         clip.model.token_embedding.weight[poison] = float("nan")
-    export_model(clip, tmp_path / "poisoned", Manifest.of(clip))
+    export_model(clip, tmp_path / "poisoned", manifest_of(clip))
     await load(engine, "p:1", tmp_path / "poisoned")
     response = await embed_texts(engine, ["a horse", "a zebra", "a donkey"], "p:1")
     assert {error.index: error.error.reason for error in response.errors} == {1: "InternalError"}

@@ -18,9 +18,9 @@ from google.protobuf import json_format
 
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2, spec_pb2
-from cliptune_trainer.commands import Inbox, command_name
-from cliptune_trainer.journal import Journal
-from cliptune_trainer.link import Link
+from cliptune_trainer.reporting.commands import Inbox, command_name
+from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.reporting.link import Link
 
 STEP_S = 0.005
 

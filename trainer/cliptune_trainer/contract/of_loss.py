@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.similarity import Similarity
-from cliptune_trainer.accumulation import FeatureCache
 from cliptune_trainer.contract.report import BrokenPromiseError, Report, difference, finite, slope_error
 from cliptune_trainer.losses.contrast import Contrast, Loss, Teacher
 from cliptune_trainer.losses.entry import BIAS, LABELS, NEGATIVE_CAPTIONS, TEACHER
 from cliptune_trainer.losses.identities import Identities
 from cliptune_trainer.losses.own import declaration_of
-from cliptune_trainer.parts import parts_of
-from cliptune_trainer.precision import Precision
+from cliptune_trainer.steps.accumulation import FeatureCache
+from cliptune_trainer.steps.parts import parts_of
+from cliptune_trainer.steps.precision import Precision
 
 _PAIRS: Final = 8
 _PART: Final = 3

@@ -22,10 +22,10 @@ from cliptune_trainer.data.findings import Findings, examine, fingerprints
 from cliptune_trainer.data.forms import read_table
 from cliptune_trainer.data.leaks import find_leaks, refuse_leaks
 from cliptune_trainer.data.listing import counted, listed, rows_listed
-from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group, split_by_name
 from cliptune_trainer.data.table import BadRow, Pair, Table
+from cliptune_trainer.image.reading import Reading
 from cliptune_trainer.spec import DataConfig
 
 _PLAIN: Final = Wording()

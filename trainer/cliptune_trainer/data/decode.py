@@ -21,10 +21,10 @@ import numpy as np
 from PIL import Image
 
 from cliptune.errors import CliptuneError
-from cliptune_trainer.data.augment import NONE, Augmentation, View
-from cliptune_trainer.data.geometry import Framing, Geometry
-from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.source import ImageSource, Request
+from cliptune_trainer.image.augment import NONE, Augmentation, View
+from cliptune_trainer.image.geometry import Framing, Geometry
+from cliptune_trainer.image.reading import Reading
 
 Pixels: TypeAlias = np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # [H, W, 3]
 Bytes4: TypeAlias = np.ndarray[tuple[int, int, int, int], np.dtype[np.uint8]]  # [N, H, W, 3]

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from cliptune.errors import CliptuneError, ConflictError
-from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.source import ImageSource, ShardMember
 from cliptune_trainer.data.table import Table
+from cliptune_trainer.image.reading import Reading
 
 # Decoding every image of a huge data set would take hours: beyond this many only an even sample is decoded,
 # the others are checked for being there, and content is compared by the files' bytes.

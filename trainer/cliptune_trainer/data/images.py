@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cliptune_trainer.data.augment import GREY
+from cliptune_trainer.image.augment import GREY
 
 
 class Normalisation:

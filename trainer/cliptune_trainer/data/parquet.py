@@ -16,10 +16,10 @@ from typing import Any, Final, NamedTuple
 from cliptune.errors import DataError
 from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow, Value, value_of
 from cliptune_trainer.data.file_names import find_files
-from cliptune_trainer.data.optional import needed
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.source import ImageSource, ParquetCell
 from cliptune_trainer.data.table import BadRow, Pair, Table
+from cliptune_trainer.image.optional import needed
 from cliptune_trainer.spec import DataConfig
 
 _SPLIT: Final = re.compile(rf"(?:^|[-_./])({'|'.join(SPLITS)})(?=[-_./]|\d|$)", re.IGNORECASE)

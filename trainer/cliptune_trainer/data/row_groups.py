@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from cliptune_trainer.data.optional import needed
+from cliptune_trainer.image.optional import needed
 
 # Of each process that decodes. A data set that is smaller is read from its files once.
 _MAX_KEPT_BYTES: Final = 256 << 20

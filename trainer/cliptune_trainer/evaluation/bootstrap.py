@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 
 from cliptune_trainer.evaluation.measurement import Interval
-from cliptune_trainer.metrics import Floats, Integers
+from cliptune_trainer.evaluation.metrics import Floats, Integers
 
 Statistic = Callable[[Floats], Mapping[str, Floats]]
 """Weights [B, N] → values [B] by name; NaN where a resample says nothing."""

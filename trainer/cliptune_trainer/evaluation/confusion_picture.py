@@ -16,7 +16,7 @@ import numpy as np
 
 from cliptune.durable import write_atomically
 from cliptune_trainer.evaluation.measurement import Measurement
-from cliptune_trainer.metrics import Integers
+from cliptune_trainer.evaluation.metrics import Integers
 
 if TYPE_CHECKING:
     from matplotlib.axis import Axis

@@ -23,9 +23,9 @@ from cliptune.errors import CliptuneError
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
 from cliptune_trainer.data.images import Normalisation
-from cliptune_trainer.data.reading import Reading
 from cliptune_trainer.data.source import ImageSource
-from cliptune_trainer.metrics import DECIMALS, Booleans, Floats
+from cliptune_trainer.evaluation.metrics import DECIMALS, Booleans, Floats
+from cliptune_trainer.image.reading import Reading
 
 
 class EmbeddedImages(NamedTuple):

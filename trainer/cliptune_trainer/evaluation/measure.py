@@ -27,11 +27,11 @@ from cliptune_trainer.evaluation.embedding import (
     prepared_texts,
 )
 from cliptune_trainer.evaluation.measurement import EvaluationInterrupted, Interval, Measurement
+from cliptune_trainer.evaluation.metrics import Floats, Integers
 from cliptune_trainer.evaluation.retrieval import Positives, Retrieval, retrieve
 from cliptune_trainer.evaluation.truth import Truth
 from cliptune_trainer.evaluation.units import Units
 from cliptune_trainer.evaluation.zero_shot import ZeroShot
-from cliptune_trainer.metrics import Floats, Integers
 from cliptune_trainer.spec import ClassConfig
 
 

@@ -16,7 +16,14 @@ import numpy as np
 
 from cliptune.metric_names import RECALLS, map_name, recall_name
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.metrics import Booleans, Floats, Integers, average_precision, positive_ranks, share
+from cliptune_trainer.evaluation.metrics import (
+    Booleans,
+    Floats,
+    Integers,
+    average_precision,
+    positive_ranks,
+    share,
+)
 
 # Rows of the table of scores held at once.
 _QUERIES: Final = 1024

@@ -22,7 +22,7 @@ from cliptune.metric_names import (
     BALANCED_ACCURACY,
 )
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.metrics import Booleans, Integers
+from cliptune_trainer.evaluation.metrics import Booleans, Integers
 from cliptune_trainer.spec import ClassConfig
 
 TOP: Final = 5

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.metrics import Integers
+from cliptune_trainer.evaluation.metrics import Integers
 
 
 class Units(NamedTuple):

@@ -22,8 +22,7 @@ from cliptune.metric_names import (
     BALANCED_ACCURACY,
 )
 from cliptune_trainer.evaluation.measurement import ClassScore
-from cliptune_trainer.evaluation.truth import TOP, Truth
-from cliptune_trainer.metrics import (
+from cliptune_trainer.evaluation.metrics import (
     DECIMALS,
     Booleans,
     Floats,
@@ -35,6 +34,7 @@ from cliptune_trainer.metrics import (
     ranking,
     share,
 )
+from cliptune_trainer.evaluation.truth import TOP, Truth
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -13,7 +13,7 @@ from typing import Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from cliptune_trainer.memory.out_of_memory import is_out_of_memory
+from cliptune_trainer.out_of_memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 

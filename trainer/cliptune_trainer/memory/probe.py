@@ -19,16 +19,16 @@ from torch import Tensor
 from cliptune_model.attention import install, uninstall
 from cliptune_model.clip import Clip
 from cliptune_model.machine.synchronize import synchronize
-from cliptune_trainer.accumulation import accumulate
-from cliptune_trainer.batch_norm import BatchNorms
-from cliptune_trainer.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.data.loader import Batch
 from cliptune_trainer.losses.objective import Objective
-from cliptune_trainer.memory.out_of_memory import is_out_of_memory
 from cliptune_trainer.memory.plan import Demand, Way, even_parts, passes
-from cliptune_trainer.precision import Precision
-from cliptune_trainer.replay import RandomState
-from cliptune_trainer.step import release_memory
+from cliptune_trainer.out_of_memory import is_out_of_memory
+from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.batch_norm import BatchNorms
+from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.replay import RandomState
+from cliptune_trainer.steps.step import release_memory
 
 MAX_PROBES: Final = 10
 # Of the most promising way, before the next is tried; of each further one, which begins better informed.

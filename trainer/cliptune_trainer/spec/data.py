@@ -7,8 +7,8 @@ from typing import Final
 
 from cliptune.spec_shape import LABEL_PLACE
 from cliptune.v1 import spec_pb2
-from cliptune_trainer.data.augment import NAMED, NONE, Augmentation
-from cliptune_trainer.data.reading import Reading
+from cliptune_trainer.image.augment import NAMED, NONE, Augmentation
+from cliptune_trainer.image.reading import Reading
 from cliptune_trainer.spec.check import one_of, within, wrong
 
 DECODES: Final = ("auto", "exact", "fast")

@@ -21,11 +21,11 @@ from cliptune.evaluation import Evaluation
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.job import JobEvent, JobState, StateChange
 from cliptune.v1 import spec_pb2
-from cliptune_trainer.commands import Inbox, command_name
-from cliptune_trainer.events import Reporter
-from cliptune_trainer.hold import Ending
 from cliptune_trainer.job import JobFolder
+from cliptune_trainer.reporting.commands import Inbox, command_name
+from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec.tune import TuneConfig, tune_config
+from cliptune_trainer.training.hold import Ending
 from cliptune_trainer.tuning.report import write_report
 from cliptune_trainer.tuning.search import CANCELLED, COMPLETE, FAILED, PRUNED, Search
 from cliptune_trainer.tuning.settings import trial_spec

@@ -1,0 +1,1 @@
+"""Faster forms of a whole model's towers: lean passes, compiled blocks. Exact, and undone where they fail."""

@@ -1,0 +1,1 @@
+"""Parts of towers: texts cut where nothing is read, contexts made longer, blocks with fewer passes."""

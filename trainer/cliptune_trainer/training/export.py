@@ -1,0 +1,24 @@
+"""The finished model, as a folder that the registry takes over.
+
+Enters: the trained `Clip` and its metrics. Leaves: `export/` in the job's folder, whole or absent. Called by
+the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cliptune_model.clip import Clip
+from cliptune_model.exported import export_model, manifest_of
+from cliptune_trainer.job import JobFolder
+
+
+def export(job: JobFolder, clip: Clip, *, precision: str, metrics: Mapping[str, float]) -> str:
+    """Writes the model in open_clip's own format; returns the folder relative to the job's.
+
+    Raises:
+        DiskFullError: no space left; nothing is changed.
+    """
+    manifest = manifest_of(clip, precision=precision, job_id=job.job_id, metrics=metrics)
+    export_model(clip, job.export, manifest)
+    return job.export.relative_to(job.path).as_posix()

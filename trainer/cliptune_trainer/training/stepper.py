@@ -1,0 +1,223 @@
+"""Steps that come through, whatever happens to the memory: the model set up for its plan, and kept going.
+
+Enters: a model, its `Execution`, batches. Leaves: steps on their way on the device. Called by the loop.
+
+When memory runs out the same step is taken again with half the micro-batch: the effective batch and the
+result stay. When others are short of memory the micro-batch is halved between two steps. After a while
+without trouble it grows back.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+from cliptune.errors import OverloadedError
+from cliptune_model.acceleration.compiled import compile_towers
+from cliptune_model.acceleration.lean import make_lean
+from cliptune_model.attention import install
+from cliptune_model.clip import Clip
+from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.losses.temperature import hold
+from cliptune_trainer.memory.limit import limit_process
+from cliptune_trainer.memory.micro_batch import MicroBatch
+from cliptune_trainer.memory.plan import gib
+from cliptune_trainer.memory.pressure import Pressure
+from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.spec import Spec
+from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm
+from cliptune_trainer.steps.checkpointing import enable_checkpointing
+from cliptune_trainer.steps.larger_parts import passes_of
+from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
+from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
+from cliptune_trainer.steps.teacher import StartingModel
+
+_log = logging.getLogger(__name__)
+# A micro-batch whose activations take less than this is no help to anybody who is short of memory.
+_WORTH_YIELDING_BYTES: Final = 256 << 20
+_OBJECTIVE: Final = "objective:"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepperState:
+    """What a checkpoint keeps: JSON values, and tensors on the CPU."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Stepper:
+    """The model in the form that its plan asks for, its optimizer, and how its steps are taken.
+
+    Args:
+        spec: the job.
+        clip: the model, on its device, as planned for. Attention, checkpointing and compilation are put in.
+        execution: the plan.
+        batch_size: pairs of a step.
+        learning_rate: of the first step.
+        reporter: takes notices.
+        teacher: the model as training began, for objectives that need it; of the same device.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        clip: Clip,
+        execution: Execution,
+        *,
+        batch_size: int,
+        learning_rate: float,
+        reporter: Reporter,
+        teacher: Clip | None = None,
+    ) -> None:
+        self._clip, self._execution, self._reporter = clip, execution, reporter
+        plan = execution.plan
+        limit_process(clip.device, plan.budget_bytes)
+        self.precision = Precision(execution.precision, clip.device)
+        self._objective = execution.objective(spec.loss, clip.similarity).to(clip.device)
+        hold(clip.model, spec.loss)
+        self._optimizer = build_optimizer(
+            clip.model,
+            learning_rate=learning_rate,
+            weight_decay=spec.train.weight_decay,
+            scaled=self.precision.scaler is not None,
+            fused=execution.policy.fuses,
+            beside={"similarity": clip.similarity, "loss": self._objective},
+        )
+        install(clip.model, plan.attention_plan)
+        if plan.checkpointing:
+            enable_checkpointing(clip)
+        norms = choose_batch_norm(
+            clip.model,
+            pretrained=clip.pretrained,
+            batch_size=batch_size,
+            micro_batch_size=plan.micro_batch_size,
+        )
+        self.compilation = compile_towers(clip, execution.policy.compile)
+        passes = passes_of(clip, batch_size, plan.micro_batch_size, execution.text_tokens)
+        self.compilation.warm_up(passes, self.precision.autocast)
+        if execution.policy.compiles and self.compilation.choice.value == "off":
+            reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
+        self._micro_batch = MicroBatch(plan.micro_batch_size)
+        self._pressure = Pressure(clip.device)
+        # Weights, gradients and moments stay whatever the micro-batch is.
+        kept_bytes = sum(
+            (16 if weight.requires_grad else 4) * weight.numel() for weight in clip.model.parameters()
+        )
+        self._pair_bytes = max(0, plan.estimated_bytes - kept_bytes) // plan.micro_batch_size
+        self._take_step = Step(
+            clip,
+            self._objective,
+            self._optimizer,
+            self.precision,
+            clip_norm=spec.train.clip_norm,
+            micro_batch_size=plan.micro_batch_size,
+            batch_norms=BatchNorms(clip.model, frozen=norms.value == FROZEN),
+            teacher=None if teacher is None else _as_planned(teacher, execution),
+        )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Pairs that go through the towers at once, now."""
+        return self._micro_batch.size
+
+    def launch(self, batch: Batch, learning_rate: float) -> StepInFlight:
+        """Takes a step, at a smaller micro-batch if need be.
+
+        Raises:
+            OverloadedError: not even one pair at a time fits any more.
+        """
+        self._look_around()
+        while True:
+            self._take_step.micro_batch_size = self._micro_batch.size
+            try:
+                flight = self._take_step.launch(batch, learning_rate)
+            except StepOutOfMemoryError as error:
+                self._halve(str(error))
+            else:
+                self._micro_batch.step_done()
+                return flight
+
+    def _halve(self, why: str) -> None:
+        before = self._micro_batch.size
+        if not self._micro_batch.halve():
+            plan = self._execution.plan
+            raise OverloadedError(
+                f"a step no longer fits in the memory of {self._clip.device}, not even with one pair at once"
+                f" ({gib(plan.estimated_bytes)} planned within {gib(plan.budget_bytes)}): other processes"
+                f" hold it, or the model is too large; try a smaller one ({why})"
+            )
+        self._reporter.notice(
+            "micro-batch-halved",
+            f"{before} pairs at once did not fit in the memory of {self._clip.device}:"
+            f" {self._micro_batch.size} now; the batch and its gradient stay the same",
+        )
+
+    def _look_around(self) -> None:
+        """Between two steps: gives way to others that are short of memory, or takes up room again."""
+        if not self._pressure.due():
+            return
+        if self._micro_batch.may_grow:
+            if not self._pressure.told():
+                self._micro_batch.grow()
+                _log.info("micro-batch of %d pairs again", self._micro_batch.size)
+        elif self._micro_batch.size > 1:
+            taken = self._micro_batch.size * self._pair_bytes
+            if taken >= _WORTH_YIELDING_BYTES and (why := self._pressure.told()):
+                before = self._micro_batch.size
+                self._micro_batch.halve()
+                release_memory(self._clip.device)
+                self._reporter.notice(
+                    "memory-pressure",
+                    f"{why}: {self._micro_batch.size} pairs at once instead of {before}; the batch and its"
+                    " gradient stay the same",
+                )
+
+    def told(self) -> str:
+        """What the objective has learned beside the model, for a person; "": nothing."""
+        return self._objective.told()
+
+    def state(self) -> StepperState:
+        """For a checkpoint: what the next steps depend on. Waits for the device."""
+        scaler = self.precision.scaler
+        return StepperState(
+            values={
+                "scaler": scaler.state_dict() if scaler else None,
+                "execution": self._execution.stored(),
+                "micro_batch": self._micro_batch.state(),
+            },
+            tensors={
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in (
+                    *state_tensors(self._optimizer).items(),
+                    *((_OBJECTIVE + name, one) for name, one in self._objective.state_dict().items()),
+                )
+            },
+        )
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `state`."""
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith(_OBJECTIVE)}
+        self._objective.load_state_dict(
+            {name.removeprefix(_OBJECTIVE): tensor for name, tensor in own.items()}
+        )
+        load_state_tensors(
+            self._optimizer, {name: tensor for name, tensor in tensors.items() if name not in own}
+        )
+        if self.precision.scaler is not None and values["scaler"] is not None:
+            self.precision.scaler.load_state_dict(values["scaler"])
+        if "micro_batch" in values:
+            self._micro_batch = MicroBatch.of(values["micro_batch"])
+
+
+def _as_planned(teacher: Clip, execution: Execution) -> StartingModel:
+    """The teacher, computed as the student is."""
+    make_lean(teacher, execution.lean)
+    install(teacher.model, execution.plan.attention_plan)
+    return StartingModel(teacher)
