@@ -27,7 +27,7 @@ from tests.support.models import publish_test_model
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-OURS = {"cliptune.v1.TrainingService", "cliptune.v1.InferenceService", "cliptune.v1.ModelService"}
+OURS = {f"cliptune.v1.{name}Service" for name in ("Training", "Inference", "Model", "Data")}
 
 
 @pytest.fixture(scope="module")
