@@ -51,8 +51,8 @@ def write_report(job: JobFolder, spec: spec_pb2.JobSpec, search: Search) -> list
     write_atomically(job.study / TRIALS_FILE, _table(search.tried()).encode())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # optuna's plots are experimental to it
-        page = _page(spec.name, search.study)
-        pictures = list(_pictures(job.pictures, search.study))
+        page = _page(spec.name, search)
+        pictures = list(_pictures(job.pictures, search))
     write_atomically(job.study / PAGE_FILE, page.encode())
     files = [job.study / BEST_FILE, job.study / TRIALS_FILE, job.study / PAGE_FILE, *pictures]
     return [file.relative_to(job.path).as_posix() for file in files]
@@ -81,16 +81,17 @@ def _weighable(study: optuna.Study) -> bool:
     return len(values) >= _TRIALS_TO_WEIGH and len(set(values)) > 1
 
 
-def _pictures(folder: Path, study: optuna.Study) -> Iterator[Path]:
+def _pictures(folder: Path, search: Search) -> Iterator[Path]:
     from optuna.visualization import matplotlib as plots
 
+    study, metric = search.study, search.metric
     weigh = PedAnovaImportanceEvaluator()
     made: dict[str, Callable[[], Axes]] = {
-        "history": lambda: plots.plot_optimization_history(study),
-        "parallel": lambda: plots.plot_parallel_coordinate(study),
+        "history": lambda: plots.plot_optimization_history(study, target_name=metric),
+        "parallel": lambda: plots.plot_parallel_coordinate(study, target_name=metric),
     }
     if _weighable(study):
-        made["importances"] = lambda: plots.plot_param_importances(study, evaluator=weigh)
+        made["importances"] = lambda: plots.plot_param_importances(study, evaluator=weigh, target_name=metric)
     pyplot.switch_backend("agg")
     for name, plot in made.items():
         figure = plot().get_figure(root=True)
@@ -102,13 +103,18 @@ def _pictures(folder: Path, study: optuna.Study) -> Iterator[Path]:
         yield path
 
 
-def _page(name: str, study: optuna.Study) -> str:
+def _page(name: str, search: Search) -> str:
     """One page with all plots; the library that moves them is in it once."""
     from optuna import visualization as plots
 
-    figures: list[Any] = [plots.plot_optimization_history(study), plots.plot_parallel_coordinate(study)]
+    study, metric = search.study, search.metric
+    figures: list[Any] = [
+        plots.plot_optimization_history(study, target_name=metric),
+        plots.plot_parallel_coordinate(study, target_name=metric),
+    ]
     if _weighable(study):
-        figures.append(plots.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator()))
+        weigh = PedAnovaImportanceEvaluator()
+        figures.append(plots.plot_param_importances(study, evaluator=weigh, target_name=metric))
     if any(trial.intermediate_values for trial in study.get_trials(deepcopy=False)):
         figures.append(plots.plot_intermediate_values(study))
     parts = [

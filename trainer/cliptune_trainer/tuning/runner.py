@@ -198,6 +198,7 @@ class StudyRun:
             active.error = InvalidInputError(f"no evaluation has {metric!r}; it has: {found}")
             active.job.cancel()
             return
+        self._search.metric = metric
         active.evaluations += 1
         active.value, active.final = value, evaluation.occasion == "after"
         if active.final or active.outcome:

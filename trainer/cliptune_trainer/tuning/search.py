@@ -35,6 +35,7 @@ _SETTINGS: Final = "settings"
 _JOB: Final = "job_id"
 _SECONDS: Final = "seconds"
 _OUTCOME: Final = "outcome"
+_METRIC: Final = "metric"
 _STATES: Final = {
     COMPLETE: TrialState.COMPLETE,
     PRUNED: TrialState.PRUNED,
@@ -100,6 +101,16 @@ class Search:
     @spent_s.setter
     def spent_s(self, seconds: float) -> None:
         self._study.set_user_attr(_SECONDS, seconds)
+
+    @property
+    def metric(self) -> str:
+        """Name of what trials are compared by; empty before the first was measured."""
+        return str(self._study.user_attrs.get(_METRIC, ""))
+
+    @metric.setter
+    def metric(self, name: str) -> None:
+        if name != self.metric:
+            self._study.set_user_attr(_METRIC, name)
 
     @property
     def count(self) -> int:
