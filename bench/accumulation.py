@@ -31,9 +31,9 @@ from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.images import Images, Normalisation
-from cliptune_trainer.data.loader import Batch
-from cliptune_trainer.data.transfer import Carrier
+from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.loader import Batch
+from cliptune_trainer.data.loading.transfer import Carrier
 from cliptune_trainer.losses import choose_tiling
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes

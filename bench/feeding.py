@@ -27,8 +27,8 @@ from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.forms import read_table
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.forms.reader import read_table
+from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.image.augment import NAMED
 from cliptune_trainer.losses.objective import Objective

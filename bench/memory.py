@@ -25,7 +25,7 @@ from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.memory.limit import limit_process

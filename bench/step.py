@@ -39,7 +39,7 @@ from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.steps.larger_parts import passes_of
 from cliptune_trainer.steps.optim import BETAS, EPS, build_optimizer, takes_decay

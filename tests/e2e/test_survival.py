@@ -27,8 +27,8 @@ from cliptune import (
     UnavailableError,
 )
 from cliptune_model.exported import load_exported
-from cliptune_trainer.data.decode import Decoder
-from cliptune_trainer.data.images import Normalisation
+from cliptune_trainer.data.loading.decode import Decoder
+from cliptune_trainer.data.loading.images import Normalisation
 from tests.support.daemon import RunningDaemon, running_daemon
 from tests.support.datasets import Shapes, write_shapes
 

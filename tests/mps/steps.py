@@ -24,8 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from cliptune_model.attention import MODES, AttentionPlan, image_tokens, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import CONFIG_FOLDER, ModelSource
-from cliptune_trainer.data.images import Images, Normalisation
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.entry import BIAS, TEACHER

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 
 
 def same(one: Batch, other: Batch) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses import LOSSES
 from cliptune_trainer.losses.config import LossConfig, Term
 from cliptune_trainer.losses.objective import Objective

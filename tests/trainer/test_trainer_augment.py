@@ -16,9 +16,9 @@ from cliptune.errors import SpecError
 from cliptune.v1 import spec_pb2
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.decode import Decoder
-from cliptune_trainer.data.images import Images, Normalisation
-from cliptune_trainer.data.loader import Loader
+from cliptune_trainer.data.loading.decode import Decoder
+from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.loader import Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.image.augment import GREY, NAMED, NONE, WHOLE, Augmentation, View, draws
 from cliptune_trainer.image.geometry import Geometry

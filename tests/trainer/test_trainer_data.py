@@ -12,8 +12,8 @@ from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Pairs, read_dataset
 from cliptune_trainer.data.findings import Findings
-from cliptune_trainer.data.forms import read_table
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.forms.reader import read_table
+from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.split import split_by_group
 from cliptune_trainer.data.table import Pair

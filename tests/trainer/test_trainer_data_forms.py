@@ -23,9 +23,9 @@ from cliptune.internal.v1 import trainer_pb2
 from cliptune.spec_shape import validate_shape
 from cliptune.v1 import spec_pb2
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.forms.columns import Wording
+from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.row_groups import RowGroups
 from cliptune_trainer.data.source import ParquetCell

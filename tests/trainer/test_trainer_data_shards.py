@@ -14,10 +14,10 @@ import torch
 from cliptune.errors import DataError, MissingColumnError, PathOutsideRootsError
 from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.clip import Clip
-from cliptune_trainer.data import samples as samples_module
 from cliptune_trainer.data.dataset import Dataset, read_dataset
-from cliptune_trainer.data.file_names import find_files
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.forms import samples as samples_module
+from cliptune_trainer.data.forms.file_names import find_files
+from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.source import ShardMember
 from cliptune_trainer.image.augment import NAMED

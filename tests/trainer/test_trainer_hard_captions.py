@@ -10,7 +10,7 @@ from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.hard_captions import HardCaptions
 from cliptune_trainer.data.labels import Labels
-from cliptune_trainer.data.loader import Loader
+from cliptune_trainer.data.loading.loader import Loader
 from cliptune_trainer.data.table import Pair
 from tests.trainer.batches import same
 

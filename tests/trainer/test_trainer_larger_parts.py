@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.steps.accumulation import accumulate

@@ -18,13 +18,13 @@ from PIL import Image, ImageFilter
 from cliptune.errors import DataError, ImageDecodeError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data import pools
 from cliptune_trainer.data.choices import choose_decode, choose_workers
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.decode import Decoder
-from cliptune_trainer.data.images import Images, Normalisation
-from cliptune_trainer.data.loader import Batch, Loader
-from cliptune_trainer.data.shared import NamedBytes
+from cliptune_trainer.data.loading import pools
+from cliptune_trainer.data.loading.decode import Decoder
+from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.loader import Batch, Loader
+from cliptune_trainer.data.loading.shared import NamedBytes
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.image.augment import NAMED, NONE, Augmentation
 from tests.trainer.batches import same
@@ -290,8 +290,8 @@ def test_a_killed_trainer_leaves_no_decoding_process_behind(tiles: Path) -> None
     script = f"""
 import sys, time
 from pathlib import Path
-from cliptune_trainer.data.decode import Decoder
-from cliptune_trainer.data.pools import open_pool
+from cliptune_trainer.data.loading.decode import Decoder
+from cliptune_trainer.data.loading.pools import open_pool
 from cliptune_trainer.data.source import Request
 
 if __name__ == "__main__":

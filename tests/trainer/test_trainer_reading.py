@@ -18,7 +18,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from cliptune.errors import ConflictError, ImageDecodeError, ImageSizeError, SpecError
 from cliptune_model.pixels import PixelLimits, decode_image
-from cliptune_trainer.data.decode import Decoder
+from cliptune_trainer.data.loading.decode import Decoder
 from cliptune_trainer.image.reading import Reading
 from tests.support import images
 

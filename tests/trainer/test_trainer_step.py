@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.steps.optim import (
     build_optimizer,

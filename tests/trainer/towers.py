@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 
 IMAGE_SIZE = 32
 _VISION: dict[str, Any] = {

@@ -26,9 +26,9 @@ from cliptune_model.choice import Choice
 from cliptune_model.chosen_similarity import tell_similarity
 from cliptune_model.clip import Clip, build
 from cliptune_trainer.contract import remember_own_code, try_own_code
-from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
-from cliptune_trainer.data.loader import Loader
+from cliptune_trainer.data.forms.columns import Wording
+from cliptune_trainer.data.loading.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER

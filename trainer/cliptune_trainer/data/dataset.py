@@ -16,10 +16,10 @@ from typing import Final
 import numpy as np
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.duplicates import join_duplicates
 from cliptune_trainer.data.findings import Findings, examine, fingerprints
-from cliptune_trainer.data.forms import read_table
+from cliptune_trainer.data.forms.columns import Wording
+from cliptune_trainer.data.forms.reader import read_table
 from cliptune_trainer.data.leaks import find_leaks, refuse_leaks
 from cliptune_trainer.data.listing import counted, listed, rows_listed
 from cliptune_trainer.data.roots import DataRoots

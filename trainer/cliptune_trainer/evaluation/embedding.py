@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cliptune.errors import CliptuneError
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.decode import Decoder, Pixels, thread_pool
-from cliptune_trainer.data.images import Normalisation
+from cliptune_trainer.data.loading.decode import Decoder, Pixels, thread_pool
+from cliptune_trainer.data.loading.images import Normalisation
 from cliptune_trainer.data.source import ImageSource
 from cliptune_trainer.evaluation.metrics import DECIMALS, Booleans, Floats
 from cliptune_trainer.image.reading import Reading

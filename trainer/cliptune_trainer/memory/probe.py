@@ -19,7 +19,7 @@ from torch import Tensor
 from cliptune_model.attention import install, uninstall
 from cliptune_model.clip import Clip
 from cliptune_model.machine.synchronize import synchronize
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.plan import Demand, Way, even_parts, passes
 from cliptune_trainer.out_of_memory import is_out_of_memory

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses import Identities, Teacher
 from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.steps.batch_norm import BatchNorms

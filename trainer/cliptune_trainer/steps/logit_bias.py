@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 
 # Zhai et al. 2023, section 3.2: from random weights. Each row has one positive among many negatives.
 RANDOM_SCALE: Final = 10.0

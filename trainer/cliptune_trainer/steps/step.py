@@ -21,7 +21,7 @@ from torch.optim import AdamW
 
 from cliptune.errors import InvalidInputError
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.out_of_memory import is_out_of_memory
 from cliptune_trainer.steps.accumulation import accumulate, contrastive_loss

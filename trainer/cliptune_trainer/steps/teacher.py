@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.loader import Batch
+from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses import Teacher
 from cliptune_trainer.steps.parts import moved, parts_of
 from cliptune_trainer.steps.precision import Precision

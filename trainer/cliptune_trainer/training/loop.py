@@ -24,7 +24,7 @@ from cliptune.internal.v1 import trainer_pb2
 from cliptune.tracing import tracer
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.dataset import Dataset
-from cliptune_trainer.data.loader import Batch, Loader
+from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import BIAS

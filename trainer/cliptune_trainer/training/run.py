@@ -15,9 +15,9 @@ from cliptune.errors import InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.contract import check_own_code
-from cliptune_trainer.data.columns import Wording
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
+from cliptune_trainer.data.forms.columns import Wording
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from cliptune.errors import DataError
 from cliptune_model.clip import Clip
-from cliptune_trainer.data.assembly import Assembled, Assembly, Recipe
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.decode import Decoder
 from cliptune_trainer.data.hard_captions import HardCaptions
-from cliptune_trainer.data.images import Images, Normalisation
 from cliptune_trainer.data.labels import Labels
-from cliptune_trainer.data.pools import Pool, open_pool
+from cliptune_trainer.data.loading.assembly import Assembled, Assembly, Recipe
+from cliptune_trainer.data.loading.decode import Decoder
+from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.pools import Pool, open_pool
+from cliptune_trainer.data.loading.transfer import Carrier
 from cliptune_trainer.data.table import Pair
-from cliptune_trainer.data.transfer import Carrier
 from cliptune_trainer.image.augment import NONE, Augmentation
 from cliptune_trainer.losses.entry import LABELS, NEGATIVE_CAPTIONS
 

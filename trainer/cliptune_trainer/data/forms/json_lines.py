@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Columns, UnusableRow, Value, value_of
-from cliptune_trainer.data.delimited import read_file
+from cliptune_trainer.data.forms.columns import Columns, UnusableRow, Value, value_of
+from cliptune_trainer.data.forms.delimited import read_file
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig

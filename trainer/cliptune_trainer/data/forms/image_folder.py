@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from cliptune.errors import DataError, SpecError
-from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow, Wording
+from cliptune_trainer.data.forms.columns import SPLITS, Columns, UnusableRow, Wording
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig

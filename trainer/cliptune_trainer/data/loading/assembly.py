@@ -23,13 +23,13 @@ from torch import Tensor
 
 from cliptune.errors import CliptuneError, DataError
 from cliptune_trainer.data.dataset import Pairs
-from cliptune_trainer.data.decode import Bytes4, Decoder, Pixels, reason
 from cliptune_trainer.data.hard_captions import HardCaptions
 from cliptune_trainer.data.labels import Labels
-from cliptune_trainer.data.pools import Chunk, Pool, Threads
+from cliptune_trainer.data.loading.decode import Bytes4, Decoder, Pixels, reason
+from cliptune_trainer.data.loading.pools import Chunk, Pool, Threads
+from cliptune_trainer.data.loading.transfer import Carrier, Transfer
 from cliptune_trainer.data.source import Request
 from cliptune_trainer.data.table import Pair
-from cliptune_trainer.data.transfer import Carrier, Transfer
 from cliptune_trainer.losses.contrast import NO_CAPTION
 
 # Draws come from streams of their own; see also `augment`.

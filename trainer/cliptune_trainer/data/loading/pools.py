@@ -17,9 +17,9 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from cliptune_trainer.data.decode import Bytes4, Decoder, decode_rows, thread_pool
+from cliptune_trainer.data.loading.decode import Bytes4, Decoder, decode_rows, thread_pool
+from cliptune_trainer.data.loading.shared import SharedBytes, shared_bytes
 from cliptune_trainer.data.processes import spawned
-from cliptune_trainer.data.shared import SharedBytes, shared_bytes
 from cliptune_trainer.data.source import Request
 
 # A chunk is one message: so large that messages cost nothing, so small that all workers share a batch.

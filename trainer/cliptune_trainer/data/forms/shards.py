@@ -20,11 +20,11 @@ from typing import Any
 
 from cliptune.durable import write_atomically
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Columns, UnusableRow, Value
-from cliptune_trainer.data.file_names import find_files
-from cliptune_trainer.data.json_lines import json_fields
+from cliptune_trainer.data.forms.columns import Columns, UnusableRow, Value
+from cliptune_trainer.data.forms.file_names import find_files
+from cliptune_trainer.data.forms.json_lines import json_fields
+from cliptune_trainer.data.forms.samples import MAX_TEXT_BYTES, Sample, read_samples
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.data.samples import MAX_TEXT_BYTES, Sample, read_samples
 from cliptune_trainer.data.source import ShardMember
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig

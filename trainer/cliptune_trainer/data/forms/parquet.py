@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import SPLITS, Columns, UnusableRow, Value, value_of
-from cliptune_trainer.data.file_names import find_files
+from cliptune_trainer.data.forms.columns import SPLITS, Columns, UnusableRow, Value, value_of
+from cliptune_trainer.data.forms.file_names import find_files
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.source import ImageSource, ParquetCell
 from cliptune_trainer.data.table import BadRow, Pair, Table

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Columns, UnusableRow
+from cliptune_trainer.data.forms.columns import Columns, UnusableRow
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.data.table import BadRow, Pair, Table
 from cliptune_trainer.spec import DataConfig

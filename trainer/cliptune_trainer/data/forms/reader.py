@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from cliptune.errors import DataError
-from cliptune_trainer.data.columns import Columns, Wording
-from cliptune_trainer.data.delimited import read_delimited
-from cliptune_trainer.data.image_folder import IMAGE_SUFFIXES, read_image_folder
-from cliptune_trainer.data.json_lines import read_json_lines
-from cliptune_trainer.data.parquet import read_parquet
+from cliptune_trainer.data.forms.columns import Columns, Wording
+from cliptune_trainer.data.forms.delimited import read_delimited
+from cliptune_trainer.data.forms.image_folder import IMAGE_SUFFIXES, read_image_folder
+from cliptune_trainer.data.forms.json_lines import read_json_lines
+from cliptune_trainer.data.forms.parquet import read_parquet
+from cliptune_trainer.data.forms.shards import read_shards
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.data.shards import read_shards
 from cliptune_trainer.data.table import Table
 from cliptune_trainer.spec import DataConfig
 
