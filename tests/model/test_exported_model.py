@@ -79,7 +79,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_model_or_none(tmp_path: Path) 
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from cliptune_model.clip import build\n"
-        "from cliptune_model.exported import Manifest, export_model\n"
+        "from cliptune_model.exported import export_model, manifest_of\n"
         "from cliptune_model.source import ModelSource\n"
         "clip = build(ModelSource(name='cliptune-test-vit'))\n"
         "for moment in range(1, 200):\n"
