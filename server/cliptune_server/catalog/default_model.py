@@ -12,7 +12,7 @@ import logging
 import shutil
 
 from cliptune.embedded import embedded_digest, embedded_folder
-from cliptune.errors import CliptuneError
+from cliptune.errors import CliptuneError, WeightsUnavailableError
 from cliptune_server.catalog.model_files import MANIFEST, PublishedModel
 from cliptune_server.catalog.registry import Registry
 
@@ -37,6 +37,9 @@ async def take_in(registry: Registry, name: str) -> PublishedModel | None:
             return await registry.publish(draft, name=name, job_id="", metrics={})
         finally:
             await asyncio.to_thread(shutil.rmtree, draft, ignore_errors=True)
+    except WeightsUnavailableError as error:
+        log.info("nothing is served by default: %s", error)
+        return None
     except (CliptuneError, OSError) as error:
         log.warning("%s is not served by default: %s", name, error)
         return None
