@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from cliptune.errors import SpecError
+from cliptune.evaluation import ClassResult
 from cliptune.v1 import job_pb2
-from cliptune_trainer.evaluation import ClassScore, Measurement
+from cliptune_trainer.evaluation import Measurement
 from cliptune_trainer.evaluation.confusion_picture import draw_confusion
 from cliptune_trainer.preflight import prepare
 from cliptune_trainer.reporting.commands import Inbox
@@ -182,7 +183,7 @@ def test_rows_that_contradict_each_other_about_an_image_are_named(
 def measurement(labels: list[str]) -> Measurement:
     count = len(labels)
     scores = [
-        ClassScore(label=label, samples=3, precision=1.0, recall=1.0, auroc=1.0, average_precision=1.0)
+        ClassResult(label=label, samples=3, precision=1.0, recall=1.0, auroc=1.0, average_precision=1.0)
         for label in labels
     ]
     confusion = tuple(tuple(3 * (row == column) for column in range(count)) for row in range(count))

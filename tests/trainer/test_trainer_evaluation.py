@@ -13,12 +13,13 @@ from sklearn.metrics import balanced_accuracy_score
 from torch import Tensor
 from torch.nn import functional as F
 
+from cliptune.evaluation import Interval
 from cliptune.metric_names import MAIN_METRICS
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
-from cliptune_trainer.evaluation import EvaluationInterrupted, Interval, evaluate
+from cliptune_trainer.evaluation import EvaluationInterrupted, evaluate
 from cliptune_trainer.evaluation.bootstrap import intervals
 from cliptune_trainer.evaluation.metrics import Booleans, Floats, share
 from cliptune_trainer.evaluation.truth import Truth

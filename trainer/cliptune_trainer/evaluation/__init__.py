@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from cliptune_trainer.evaluation.measure import evaluate
 from cliptune_trainer.evaluation.measurement import (
-    ClassScore,
     EvaluationInterrupted,
-    Interval,
     Measurement,
 )
 
-__all__ = ["ClassScore", "EvaluationInterrupted", "Interval", "Measurement", "evaluate"]
+__all__ = ["EvaluationInterrupted", "Measurement", "evaluate"]

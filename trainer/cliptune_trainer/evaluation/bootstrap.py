@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from cliptune_trainer.evaluation.measurement import Interval
+from cliptune.evaluation import Interval
 from cliptune_trainer.evaluation.metrics import Floats, Integers
 
 Statistic = Callable[[Floats], Mapping[str, Floats]]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from cliptune.evaluation import Interval
 from cliptune.metric_names import CALIBRATION_ERROR, DIRECTIONS
 from cliptune_model.clip import Clip
 from cliptune_model.zero_shot import class_embeddings
@@ -26,7 +27,7 @@ from cliptune_trainer.evaluation.embedding import (
     evaluation_mode,
     prepared_texts,
 )
-from cliptune_trainer.evaluation.measurement import EvaluationInterrupted, Interval, Measurement
+from cliptune_trainer.evaluation.measurement import EvaluationInterrupted, Measurement
 from cliptune_trainer.evaluation.metrics import Floats, Integers
 from cliptune_trainer.evaluation.retrieval import Positives, Retrieval, retrieve
 from cliptune_trainer.evaluation.truth import Truth

@@ -9,31 +9,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
+from cliptune.evaluation import ClassResult, Interval
 from cliptune.v1 import job_pb2
 
 # Beyond these a table would weigh more than all the other events of a job.
 MOST_CLASSES_TOLD: Final = 1000
 MOST_CLASSES_CONFUSED: Final = 100
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A 95 % bootstrap interval."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClassScore:
-    """How one class fares; NaN where that cannot be said. `samples`: images of it."""
-
-    label: str
-    samples: int
-    precision: float
-    recall: float
-    auroc: float
-    average_precision: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +37,7 @@ class Measurement:
     unreadable: int
     main_metric: str = ""
     intervals: dict[str, Interval] = field(default_factory=dict)
-    classes: tuple[ClassScore, ...] = ()
+    classes: tuple[ClassResult, ...] = ()
     confusion: tuple[tuple[int, ...], ...] = ()
 
     def told(self, step: int, occasion: str, pictures: Sequence[str]) -> job_pb2.Evaluation:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cliptune.evaluation import ClassResult
 from cliptune.metric_names import (
     ACCURACY,
     ACCURACY_AT_5,
@@ -21,7 +22,6 @@ from cliptune.metric_names import (
     AVERAGE_PRECISION,
     BALANCED_ACCURACY,
 )
-from cliptune_trainer.evaluation.measurement import ClassScore
 from cliptune_trainer.evaluation.metrics import (
     DECIMALS,
     Booleans,
@@ -92,13 +92,13 @@ class ZeroShot:
         ]
         return float(np.mean(errors)) if errors else math.nan
 
-    def class_scores(self, labels: Sequence[str]) -> tuple[ClassScore, ...]:
+    def class_scores(self, labels: Sequence[str]) -> tuple[ClassResult, ...]:
         """The table of classes."""
         once_1S = np.ones((1, len(self.truth)))
         areas_1C, averages_1C = self._rankings(once_1S)
         recall_1C, precision_1C = self._found(once_1S)
         return tuple(
-            ClassScore(
+            ClassResult(
                 label=label,
                 samples=int(self.truth.truth_SC[:, place].sum()),
                 precision=_known(precision_1C[0, place]),

@@ -34,7 +34,6 @@ from cliptune_trainer.tuning.trial import TrialJob
 
 # A study none of whose trials works is not worth more of them.
 _MOST_FAILURES: Final = 3
-_DEFAULT_EPOCHS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +84,7 @@ class StudyRun:
         self._folder, self._home, self._reporter, self._inbox = job, job.home, reporter, inbox
         self._spec: spec_pb2.JobSpec = job.message()
         self._config: TuneConfig = tune_config(self._spec.tune)
-        train = job.layers().spec.train
-        epochs = train.epochs if train.HasField("epochs") else _DEFAULT_EPOCHS
+        epochs = job.layers().spec.train.epochs
         self._search = Search(job.study / STUDY_FILE, self._config, read_space(job.study), epochs)
         self._items: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._active: dict[int, _Active] = {}
