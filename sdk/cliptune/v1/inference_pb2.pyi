@@ -41,6 +41,7 @@ class EmbedImagesResponse(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     EMBEDDINGS_FIELD_NUMBER: builtins.int
     ERRORS_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The version that answered, "NAME:VERSION"."""
     @property
@@ -49,15 +50,18 @@ class EmbedImagesResponse(google.protobuf.message.Message):
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
+    @property
+    def profile(self) -> global___Profile: ...
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         embeddings: cliptune.v1.tensor_pb2.Tensor | None = ...,
         errors: collections.abc.Iterable[cliptune.v1.error_pb2.ItemError] | None = ...,
+        profile: global___Profile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "errors", b"errors", "model", b"model"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings", "profile", b"profile"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "errors", b"errors", "model", b"model", "profile", b"profile"]) -> None: ...
 
 global___EmbedImagesResponse = EmbedImagesResponse
 
@@ -87,22 +91,30 @@ class EmbedTextsResponse(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     EMBEDDINGS_FIELD_NUMBER: builtins.int
     ERRORS_FIELD_NUMBER: builtins.int
+    TOKENS_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
     model: builtins.str
+    tokens: builtins.int
+    """Of all texts, with those of start and end, without padding."""
     @property
     def embeddings(self) -> cliptune.v1.tensor_pb2.Tensor:
         """[N, D] float32."""
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
+    @property
+    def profile(self) -> global___Profile: ...
     def __init__(
         self,
         *,
         model: builtins.str = ...,
         embeddings: cliptune.v1.tensor_pb2.Tensor | None = ...,
         errors: collections.abc.Iterable[cliptune.v1.error_pb2.ItemError] | None = ...,
+        tokens: builtins.int = ...,
+        profile: global___Profile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "errors", b"errors", "model", b"model"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["embeddings", b"embeddings", "profile", b"profile"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["embeddings", b"embeddings", "errors", b"errors", "model", b"model", "profile", b"profile", "tokens", b"tokens"]) -> None: ...
 
 global___EmbedTextsResponse = EmbedTextsResponse
 
@@ -137,6 +149,7 @@ class SimilarityResponse(google.protobuf.message.Message):
     SCORES_FIELD_NUMBER: builtins.int
     LOGIT_SCALE_FIELD_NUMBER: builtins.int
     ERRORS_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
     model: builtins.str
     logit_scale: builtins.float
     """What the model multiplies similarities by before a softmax."""
@@ -146,6 +159,8 @@ class SimilarityResponse(google.protobuf.message.Message):
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
+    @property
+    def profile(self) -> global___Profile: ...
     def __init__(
         self,
         *,
@@ -153,9 +168,10 @@ class SimilarityResponse(google.protobuf.message.Message):
         scores: cliptune.v1.tensor_pb2.Tensor | None = ...,
         logit_scale: builtins.float = ...,
         errors: collections.abc.Iterable[cliptune.v1.error_pb2.ItemError] | None = ...,
+        profile: global___Profile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["scores", b"scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["errors", b"errors", "logit_scale", b"logit_scale", "model", b"model", "scores", b"scores"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["profile", b"profile", "scores", b"scores"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["errors", b"errors", "logit_scale", b"logit_scale", "model", b"model", "profile", b"profile", "scores", b"scores"]) -> None: ...
 
 global___SimilarityResponse = SimilarityResponse
 
@@ -206,6 +222,7 @@ class ScorePairsResponse(google.protobuf.message.Message):
     SCORES_FIELD_NUMBER: builtins.int
     LOGIT_SCALE_FIELD_NUMBER: builtins.int
     ERRORS_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
     model: builtins.str
     logit_scale: builtins.float
     @property
@@ -214,6 +231,8 @@ class ScorePairsResponse(google.protobuf.message.Message):
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
+    @property
+    def profile(self) -> global___Profile: ...
     def __init__(
         self,
         *,
@@ -221,9 +240,10 @@ class ScorePairsResponse(google.protobuf.message.Message):
         scores: cliptune.v1.tensor_pb2.Tensor | None = ...,
         logit_scale: builtins.float = ...,
         errors: collections.abc.Iterable[cliptune.v1.error_pb2.ItemError] | None = ...,
+        profile: global___Profile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["scores", b"scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["errors", b"errors", "logit_scale", b"logit_scale", "model", b"model", "scores", b"scores"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["profile", b"profile", "scores", b"scores"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["errors", b"errors", "logit_scale", b"logit_scale", "model", b"model", "profile", b"profile", "scores", b"scores"]) -> None: ...
 
 global___ScorePairsResponse = ScorePairsResponse
 
@@ -261,6 +281,7 @@ class ClassifyResponse(google.protobuf.message.Message):
     PROBABILITIES_FIELD_NUMBER: builtins.int
     SCORES_FIELD_NUMBER: builtins.int
     ERRORS_FIELD_NUMBER: builtins.int
+    PROFILE_FIELD_NUMBER: builtins.int
     model: builtins.str
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
@@ -276,6 +297,8 @@ class ClassifyResponse(google.protobuf.message.Message):
 
     @property
     def errors(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.error_pb2.ItemError]: ...
+    @property
+    def profile(self) -> global___Profile: ...
     def __init__(
         self,
         *,
@@ -284,9 +307,10 @@ class ClassifyResponse(google.protobuf.message.Message):
         probabilities: cliptune.v1.tensor_pb2.Tensor | None = ...,
         scores: cliptune.v1.tensor_pb2.Tensor | None = ...,
         errors: collections.abc.Iterable[cliptune.v1.error_pb2.ItemError] | None = ...,
+        profile: global___Profile | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["probabilities", b"probabilities", "scores", b"scores"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["errors", b"errors", "labels", b"labels", "model", b"model", "probabilities", b"probabilities", "scores", b"scores"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["probabilities", b"probabilities", "profile", b"profile", "scores", b"scores"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["errors", b"errors", "labels", b"labels", "model", b"model", "probabilities", b"probabilities", "profile", b"profile", "scores", b"scores"]) -> None: ...
 
 global___ClassifyResponse = ClassifyResponse
 
@@ -347,3 +371,45 @@ class EmbedStreamResponse(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["embedding", "error"] | None: ...
 
 global___EmbedStreamResponse = EmbedStreamResponse
+
+@typing.final
+class Profile(google.protobuf.message.Message):
+    """Where the time of one call went. Stages of different items overlap, so they need not add up to the whole."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECODE_SECONDS_FIELD_NUMBER: builtins.int
+    QUEUE_SECONDS_FIELD_NUMBER: builtins.int
+    FORWARD_SECONDS_FIELD_NUMBER: builtins.int
+    ENGINE_SECONDS_FIELD_NUMBER: builtins.int
+    DAEMON_SECONDS_FIELD_NUMBER: builtins.int
+    BATCH_ITEMS_FIELD_NUMBER: builtins.int
+    CACHED_ITEMS_FIELD_NUMBER: builtins.int
+    decode_seconds: builtins.float
+    """From the first item's turn at a decoder until the last item was decoded or tokenised."""
+    queue_seconds: builtins.float
+    """The longest that an item waited for its batch."""
+    forward_seconds: builtins.float
+    """The longest forward that an item was in."""
+    engine_seconds: builtins.float
+    """In the engine, from the request's arrival to its answer."""
+    daemon_seconds: builtins.float
+    """In the daemon, the engine included."""
+    batch_items: builtins.int
+    """The most items that shared a forward with one of these."""
+    cached_items: builtins.int
+    """Items answered from the cache, without decoding and without a forward."""
+    def __init__(
+        self,
+        *,
+        decode_seconds: builtins.float = ...,
+        queue_seconds: builtins.float = ...,
+        forward_seconds: builtins.float = ...,
+        engine_seconds: builtins.float = ...,
+        daemon_seconds: builtins.float = ...,
+        batch_items: builtins.int = ...,
+        cached_items: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_items", b"batch_items", "cached_items", b"cached_items", "daemon_seconds", b"daemon_seconds", "decode_seconds", b"decode_seconds", "engine_seconds", b"engine_seconds", "forward_seconds", b"forward_seconds", "queue_seconds", b"queue_seconds"]) -> None: ...
+
+global___Profile = Profile

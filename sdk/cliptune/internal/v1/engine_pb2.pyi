@@ -149,17 +149,28 @@ class StatusResponse(google.protobuf.message.Message):
     RUNNING_SECONDS_FIELD_NUMBER: builtins.int
     STALL_LIMIT_SECONDS_FIELD_NUMBER: builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: builtins.int
+    DECODED_ITEMS_FIELD_NUMBER: builtins.int
+    SHED_REQUESTS_FIELD_NUMBER: builtins.int
+    CACHE_FIELD_NUMBER: builtins.int
     device: builtins.str
     running_seconds: builtins.float
     """Age of the forward that runs now; 0 when idle. Beyond `stall_limit_seconds` the engine is stuck."""
     stall_limit_seconds: builtins.float
     resident_bytes: builtins.int
+    decode_seconds: builtins.float
+    """Decoding and tokenising."""
+    decoded_items: builtins.int
+    shed_requests: builtins.int
+    """Requests that were refused because they could not be answered in time, or found no room."""
     @property
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LoadedModel]: ...
     @property
     def queues(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___QueueStatus]:
         """Items waiting or running, by queue."""
 
+    @property
+    def cache(self) -> global___CacheStatus: ...
     def __init__(
         self,
         *,
@@ -169,10 +180,38 @@ class StatusResponse(google.protobuf.message.Message):
         running_seconds: builtins.float = ...,
         stall_limit_seconds: builtins.float = ...,
         resident_bytes: builtins.int = ...,
+        decode_seconds: builtins.float = ...,
+        decoded_items: builtins.int = ...,
+        shed_requests: builtins.int = ...,
+        cache: global___CacheStatus | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "models", b"models", "queues", b"queues", "resident_bytes", b"resident_bytes", "running_seconds", b"running_seconds", "stall_limit_seconds", b"stall_limit_seconds"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache", b"cache"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache", b"cache", "decode_seconds", b"decode_seconds", "decoded_items", b"decoded_items", "device", b"device", "models", b"models", "queues", b"queues", "resident_bytes", b"resident_bytes", "running_seconds", b"running_seconds", "shed_requests", b"shed_requests", "stall_limit_seconds", b"stall_limit_seconds"]) -> None: ...
 
 global___StatusResponse = StatusResponse
+
+@typing.final
+class CacheStatus(google.protobuf.message.Message):
+    """Embeddings that are remembered by their item's content."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: builtins.int
+    MISSES_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    hits: builtins.int
+    misses: builtins.int
+    bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        hits: builtins.int = ...,
+        misses: builtins.int = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "hits", b"hits", "misses", b"misses"]) -> None: ...
+
+global___CacheStatus = CacheStatus
 
 @typing.final
 class QueueStatus(google.protobuf.message.Message):
@@ -184,6 +223,11 @@ class QueueStatus(google.protobuf.message.Message):
     BATCHES_FIELD_NUMBER: builtins.int
     ITEMS_FIELD_NUMBER: builtins.int
     FORWARD_SECONDS_FIELD_NUMBER: builtins.int
+    OLDEST_SECONDS_FIELD_NUMBER: builtins.int
+    POSITIONS_FIELD_NUMBER: builtins.int
+    PADDING_FIELD_NUMBER: builtins.int
+    EXPIRED_ITEMS_FIELD_NUMBER: builtins.int
+    BATCH_SIZES_FIELD_NUMBER: builtins.int
     model: builtins.str
     tower: builtins.str
     """"image" or "text"."""
@@ -191,6 +235,17 @@ class QueueStatus(google.protobuf.message.Message):
     batches: builtins.int
     items: builtins.int
     forward_seconds: builtins.float
+    oldest_seconds: builtins.float
+    """Age of the item that has waited longest; 0: none waits."""
+    positions: builtins.int
+    """Positions that forwards computed, and those of them that were padding: tokens of texts; an image is one."""
+    padding: builtins.int
+    expired_items: builtins.int
+    """Items whose time was over, or could not be kept, before their forward."""
+    @property
+    def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Batches of at most 1, 2, 4, 8, ... items."""
+
     def __init__(
         self,
         *,
@@ -200,7 +255,12 @@ class QueueStatus(google.protobuf.message.Message):
         batches: builtins.int = ...,
         items: builtins.int = ...,
         forward_seconds: builtins.float = ...,
+        oldest_seconds: builtins.float = ...,
+        positions: builtins.int = ...,
+        padding: builtins.int = ...,
+        expired_items: builtins.int = ...,
+        batch_sizes: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batches", b"batches", "forward_seconds", b"forward_seconds", "items", b"items", "model", b"model", "tower", b"tower", "waiting_items", b"waiting_items"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_sizes", b"batch_sizes", "batches", b"batches", "expired_items", b"expired_items", "forward_seconds", b"forward_seconds", "items", b"items", "model", b"model", "oldest_seconds", b"oldest_seconds", "padding", b"padding", "positions", b"positions", "tower", b"tower", "waiting_items", b"waiting_items"]) -> None: ...
 
 global___QueueStatus = QueueStatus
