@@ -10,6 +10,7 @@ On the CPU, where nothing limits a process, a small model shows the same in byte
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -288,20 +289,31 @@ def main() -> None:
     arguments = parser.parse_args()
     kind = arguments.device.partition(":")[0]
     form = FORMS[kind]
-    rows = []
+    device = gpu(torch.cuda.get_device_name(arguments.device)) if kind == "cuda" else cores()
+    rows: list[Columns] = []
+    lines: list[Columns] = []
+
+    def keep() -> None:
+        """After each part: the next takes long, and what is known by then is kept."""
+        more = {"Memory and throughput by micro-batch": lines} if lines else None
+        report("memory", rows, device=device, more=more)
+
     for name, batch_size in form.models:
         if name not in (arguments.models or [name]):
             continue
         bench = Bench(name, batch_size, arguments.device, form.precision)
-        rows += [within_budget(bench, budget) for budget in form.budgets_gib]
+        for budget in form.budgets_gib:
+            rows.append(within_budget(bench, budget))
+            keep()
         limit_process(bench.clip.device, 1 << 50)
-    device = gpu(torch.cuda.get_device_name(arguments.device)) if kind == "cuda" else cores()
-    lines = by_micro_batch(Bench(*form.drawn, arguments.device, form.precision))
+        del bench
+        gc.collect()
+    lines += by_micro_batch(Bench(*form.drawn, arguments.device, form.precision))
+    keep()
     if arguments.draw:
         path = Path(__file__).parents[1] / "docs" / f"memory.{device.replace(' ', '-')}.svg"
         title = f"{form.drawn[0]}, {form.drawn[1]} pairs a step, {device}"
         path.write_text(chart(lines, title), encoding="utf-8")
-    report("memory", rows, device=device, more={"Memory and throughput by micro-batch": lines})
 
 
 if __name__ == "__main__":
