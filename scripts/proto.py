@@ -21,10 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "proto"
 TARGET = ROOT / "sdk"
 GENERATOR = ROOT / ".venv-proto" / "bin"
-PACKAGES = ("cliptune/v1", "cliptune/internal/v1")
+PACKAGES = ("cliptune/v1", "cliptune/internal/v1", "cliptune/internal/open_inference")
+_OPEN_INFERENCE = (
+    '"""Generated: the Open Inference Protocol v2, for the daemon alone.\n\n'
+    "Its names (package `inference`) are those of other libraries' stubs: one process cannot hold both.\n"
+    '"""\n'
+)
 INIT = {
     "cliptune/v1": '"""Generated: the public wire contract, `proto/cliptune/v1`."""\n',
     "cliptune/internal": '"""Generated: the links between daemon, engine and trainer."""\n',
+    "cliptune/internal/open_inference": _OPEN_INFERENCE,
     "cliptune/internal/v1": '"""Generated: the links between daemon, engine and trainer."""\n',
 }
 

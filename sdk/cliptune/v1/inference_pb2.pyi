@@ -21,7 +21,10 @@ class EmbedImagesRequest(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
+    DIMENSIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
+    dimensions: builtins.int
+    """The first so many of the embedding's numbers, for a model that was trained for it (Matryoshka). 0: all."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.tensor_pb2.Image]: ...
     def __init__(
@@ -29,8 +32,9 @@ class EmbedImagesRequest(google.protobuf.message.Message):
         *,
         model: builtins.str = ...,
         images: collections.abc.Iterable[cliptune.v1.tensor_pb2.Image] | None = ...,
+        dimensions: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["images", b"images", "model", b"model"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "images", b"images", "model", b"model"]) -> None: ...
 
 global___EmbedImagesRequest = EmbedImagesRequest
 
@@ -71,7 +75,10 @@ class EmbedTextsRequest(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     TEXTS_FIELD_NUMBER: builtins.int
+    DIMENSIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
+    dimensions: builtins.int
+    """The first so many of the embedding's numbers, for a model that was trained for it (Matryoshka). 0: all."""
     @property
     def texts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -79,8 +86,9 @@ class EmbedTextsRequest(google.protobuf.message.Message):
         *,
         model: builtins.str = ...,
         texts: collections.abc.Iterable[builtins.str] | None = ...,
+        dimensions: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "texts", b"texts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "model", b"model", "texts", b"texts"]) -> None: ...
 
 global___EmbedTextsRequest = EmbedTextsRequest
 
