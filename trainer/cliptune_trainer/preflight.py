@@ -33,7 +33,6 @@ from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.losses.temperature import begin, hold
-from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.plan.decide import Decisions, decide, decide_hardware
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.plan.plan_spec import domain_choices, spec_as_run
@@ -76,16 +75,7 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         decisions = replace(decisions, choices=(*decisions.choices, *told))
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"
-        planner = Planner(
-            spec,
-            hardware,
-            clip,
-            PlanCache(job.home),
-            batch_size=decisions.batch_size,
-            total_steps=decisions.total_steps,
-            captions=(pair.caption for pair in dataset.train.pairs),
-            on_device=on_cpu,
-        )
+        planner = Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=on_cpu)
         execution = planner.plan()
         scale = begin(clip.model, spec.loss)
     with tracer().start_as_current_span("prepare.measure"):

@@ -12,7 +12,8 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, Self
 
 from cliptune.errors import CliptuneError, InvalidInputError, OverloadedError
 from cliptune_model.acceleration.lean import choose_lean, make_lean
@@ -24,6 +25,7 @@ from cliptune_model.machine.policy import Policy, Wishes
 from cliptune_model.machine.policy import decide as decide_policy
 from cliptune_model.machine.workload import Workload
 from cliptune_model.towers.trimming import choose_trimming
+from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.losses.entry import BIAS, TEACHER
 from cliptune_trainer.losses.sizing import choose_objective_tiling, objective_bytes
 from cliptune_trainer.memory.cache import CachedPlan, PlanCache
@@ -32,7 +34,8 @@ from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.memory.plan import BatchPlan, Demand, DoesNotFitError, Way, settle, ways
 from cliptune_trainer.memory.probe import DeviceProbe, search
 from cliptune_trainer.memory.refusal import does_not_fit
-from cliptune_trainer.plan.decide import Hardware
+from cliptune_trainer.plan.decide import Decisions, Hardware
+from cliptune_trainer.plan.earlier import of_cache, of_checkpoint
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.steps.checkpointing import enable_checkpointing
@@ -105,6 +108,30 @@ class Planner:
             text_tokens=self._text_tokens,
         )
 
+    @classmethod
+    def of_job(
+        cls,
+        spec: Spec,
+        hardware: Hardware,
+        clip: Clip,
+        home: Path | None,
+        decisions: Decisions,
+        dataset: Dataset,
+        *,
+        on_device: bool,
+    ) -> Self:
+        """For a job's data, with the plans that are kept in `home`, if it has one."""
+        return cls(
+            spec,
+            hardware,
+            clip,
+            PlanCache(home),
+            batch_size=decisions.batch_size,
+            total_steps=decisions.total_steps,
+            captions=(pair.caption for pair in dataset.train.pairs),
+            on_device=on_device,
+        )
+
     def plan(self, stored: Mapping[str, Any] | None = None) -> Execution:
         """The execution; that of a checkpoint if there is one.
 
@@ -114,7 +141,7 @@ class Planner:
         """
         policy = self._policy(stored)
         tiling = self._tiling(policy, stored)
-        plan = self._as_stored(policy, stored) if stored else self._batch_plan(policy, tiling)
+        plan = of_checkpoint(stored, policy.budget_bytes) if stored else self._batch_plan(policy, tiling)
         budget = policy.memory_budget
         budget = replace(budget, value=f"{int(budget.value) / 2**30:.1f} GiB")
         return Execution(
@@ -214,7 +241,7 @@ class Planner:
             return settle(demand, way, [way], source="estimated")
         question = self._question(policy, demand)
         if (cached := self._cache.get(question)) is not None and (cached.probed or not self._may_probe):
-            return _from_cache(demand, cached)
+            return of_cache(demand, cached)
         estimator = Estimator(
             self._clip,
             device_type=self._kind,
@@ -318,36 +345,6 @@ class Planner:
             "micro_batch": [demand.micro_batch_size, demand.max_micro_batch],
             "versions": [machine.torch_version, version("open_clip_torch"), _own_version()],
         }
-
-    def _as_stored(self, policy: Policy, stored: Mapping[str, Any]) -> BatchPlan:
-        reason = "as before the resume"
-        return BatchPlan(
-            micro_batch_size=int(stored["micro_batch_size"]),
-            checkpointing=bool(stored["checkpointing"]),
-            attention=stored["attention"],
-            block_bytes=int(stored["block_bytes"]),
-            estimated_bytes=int(stored["estimated_bytes"]),
-            budget_bytes=policy.budget_bytes,
-            source="cached",
-            choices=tuple(
-                Choice(subject=subject, value=str(stored[subject]), reason=reason)
-                for subject in ("micro_batch_size", "checkpointing", "attention")
-            ),
-        )
-
-
-def _from_cache(demand: Demand, cached: CachedPlan) -> BatchPlan:
-    pair_bytes = max(1, cached.estimated_bytes // cached.micro_batch_size)
-    way = Way(
-        attention=AttentionPlan(mode=cached.attention, budget_bytes=cached.block_bytes),
-        checkpointing=cached.checkpointing,
-        estimate=Estimate(
-            fixed_bytes=cached.estimated_bytes - pair_bytes * cached.micro_batch_size, pair_bytes=pair_bytes
-        ),
-        micro_batch_size=cached.micro_batch_size,
-        cost=0.0,
-    )
-    return settle(demand, way, [way], source="cached")
 
 
 def _lean(clip: Clip, kind: str) -> Choice:

@@ -21,7 +21,6 @@ from cliptune_trainer.data.forms.columns import Wording
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
-from cliptune_trainer.memory.cache import PlanCache
 from cliptune_trainer.plan.decide import Decisions, Hardware, decide, decide_hardware
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.plan.planning import Planner
@@ -104,16 +103,7 @@ def plan_execution(
     stored = state.counters.get("execution") if state else None
     if stored is not None and stored["device"] != clip.device.type:
         stored = None
-    planner = Planner(
-        spec,
-        hardware,
-        clip,
-        PlanCache(job.home),
-        batch_size=decisions.batch_size,
-        total_steps=decisions.total_steps,
-        captions=(pair.caption for pair in dataset.train.pairs),
-        on_device=True,
-    )
+    planner = Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=True)
     return planner.plan(stored)
 
 
