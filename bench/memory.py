@@ -21,7 +21,7 @@ import torch
 
 from bench.accumulation import noise
 from bench.chart import Line, Panel, draw
-from bench.record import Columns, cores, gpu, report
+from bench.record import Columns, cores, gpu, of_other_models, report
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
@@ -284,14 +284,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.memory", description=__doc__.splitlines()[0])
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     parser.add_argument("--device", default=found)
-    parser.add_argument("--models", nargs="+", help="of the form's (default: all)")
+    parser.add_argument("--models", nargs="*", help="of the form's (default: all); none: the chart alone")
+    parser.add_argument("--add", action="store_true", help="keep the budgets that are stored of other models")
     parser.add_argument("--draw", action="store_true", help="write docs/memory.DEVICE.svg")
     arguments = parser.parse_args()
     kind = arguments.device.partition(":")[0]
     form = FORMS[kind]
     device = gpu(torch.cuda.get_device_name(arguments.device)) if kind == "cuda" else cores()
-    rows: list[Columns] = []
-    lines: list[Columns] = []
+    models = {name for name, _ in form.models} if arguments.models is None else set(arguments.models)
+    before = of_other_models("memory", device, models) if arguments.add else {}
+    rows, lines = before.get("", []), list[Columns]()
 
     def keep() -> None:
         """After each part: the next takes long, and what is known by then is kept."""
@@ -299,7 +301,7 @@ def main() -> None:
         report("memory", rows, device=device, more=more)
 
     for name, batch_size in form.models:
-        if name not in (arguments.models or [name]):
+        if name not in models:
             continue
         bench = Bench(name, batch_size, arguments.device, form.precision)
         for budget in form.budgets_gib:

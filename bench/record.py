@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -130,6 +130,16 @@ def stored_results(folder: Path = RESULTS) -> list[Result]:
         Result.from_json(json.loads(path.read_text(encoding="utf-8")))
         for path in sorted(folder.glob("*.json"))
     ]
+
+
+def of_other_models(
+    name: str, device: str, models: Set[str], folder: Path = RESULTS
+) -> dict[str, list[Columns]]:
+    """A stored result's tables by title ("": the first) without the lines of `models`, which will be new."""
+    stored = [result for result in stored_results(folder) if (result.name, result.device) == (name, device)]
+    tables = {"": stored[0].rows, **stored[0].more} if stored else {}
+    kept = {title: [row for row in rows if row["model"] not in models] for title, rows in tables.items()}
+    return {title: rows for title, rows in kept.items() if rows}
 
 
 def table(rows: Sequence[Columns]) -> str:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Iterator
 from functools import partial
 from typing import Final
 
 import torch
 
-from bench.record import Columns, cores, gpu, report, stored_results
+from bench.record import Columns, cores, gpu, of_other_models, report
 from bench.step_shares import ceiling_tflops, shares_of
 from bench.step_sides import Form, OpenClip, Ours, Workload
 from bench.turns import medians, seconds
@@ -121,14 +121,6 @@ def _largest_difference(ours: list[float], theirs: list[float]) -> float:
     return max(abs(one - other) / abs(other) for one, other in zip(ours, theirs, strict=True))
 
 
-def of_other_models(device: str, models: Set[str]) -> dict[str, list[Columns]]:
-    """The stored tables by title ("": the first) without the lines of `models`, whose lines will be new."""
-    stored = [result for result in stored_results() if (result.name, result.device) == ("step", device)]
-    tables = {"": stored[0].rows, **stored[0].more} if stored else {}
-    kept = {title: [row for row in rows if row["model"] not in models] for title, rows in tables.items()}
-    return {title: rows for title, rows in kept.items() if rows}
-
-
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -163,7 +155,7 @@ def main() -> None:
     rows, curves, parts, found = [], [], [], []
     where = gpu(torch.cuda.get_device_name()) if device == "cuda" else cores()
     names = {case.partition(":")[0] for case in arguments.models}
-    before = of_other_models(where, names) if arguments.add else {}
+    before = of_other_models("step", where, names) if arguments.add else {}
     ceiling = ceiling_tflops(device, "bf16" if device == "cuda" else "fp32")
     for case in arguments.models:
         name, _, size = case.partition(":")

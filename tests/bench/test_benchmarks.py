@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import turns
 from bench.catalog import benchmarks
-from bench.record import RESULTS, Result, Row, gpu, stored_results, table, tables
+from bench.record import RESULTS, Columns, Result, Row, gpu, of_other_models, stored_results, table, tables
 from scripts.benchmarks import PAGE, page
 
 
@@ -51,6 +51,14 @@ def test_a_benchmark_may_have_columns_of_its_own_and_further_tables(tmp_path: Pa
     assert lines[0] == ["model", "batch", "ours per s"]
     assert lines[2:4] == [["ViT-B/32", "1,024", "8,394"], ["b", "2", "0.5"]]
     assert lines[5] == ["Variants"]
+
+
+def test_a_later_run_keeps_the_lines_of_models_that_it_does_not_measure(tmp_path: Path) -> None:
+    lines: list[Columns] = [{"model": "a", "per_s": 1.0}, {"model": "b", "per_s": 2.0}]
+    Result.of("step", lines, device="h100", more={"Losses": lines, "Only a": lines[:1]}).store(tmp_path)
+    kept = of_other_models("step", "h100", {"a"}, tmp_path)
+    assert kept == {"": lines[1:], "Losses": lines[1:]}
+    assert of_other_models("step", "h200", {"a"}, tmp_path) == {}
 
 
 def test_a_gpu_goes_by_the_name_that_people_use() -> None:
