@@ -33,5 +33,6 @@ def served_model(architecture: str, *, threads: int) -> Iterator[tuple[RunningDa
         export_model(clip, export, manifest_of(clip, job_id=""))
         files.publish(export, name=MODEL, job_id="", metrics={})
         (home / "serving.json").write_text(json.dumps({"references": [MODEL]}))
-        with running_daemon(home, threads=threads) as daemon:
+        # A benchmark sends the same picture again and again, and wants each to be computed.
+        with running_daemon(home, threads=threads, flags=("--embedding-cache", "0")) as daemon:
             yield daemon, clip

@@ -118,6 +118,13 @@ class Clip:
         """As `tokenize`, trimmed: the form to encode a batch at once."""
         return self.trim(self.tokenize(texts))
 
+    def count_tokens(self, tokens_L: Tensor) -> int:
+        """Of a text, those of start and end included, padding not."""
+        pad_id = getattr(getattr(self.tokenizer, "tokenizer", None), "pad_token_id", None)
+        if pad_id is None:  # open_clip's own: the end of the text has the largest number, and 0 pads
+            return int(tokens_L.argmax()) + 1
+        return int((tokens_L != pad_id).sum())
+
     def preprocess(self, image: PIL.Image.Image) -> Tensor:
         """open_clip's evaluation transform: any image → [3, H, W] float32 on the CPU."""
         return self.transform(image)

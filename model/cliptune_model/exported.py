@@ -47,7 +47,12 @@ WEIGHTS_FILE: Final = "open_clip_model.safetensors"
 
 
 def manifest_of(
-    clip: Clip, *, precision: str = "fp32", job_id: str = "", metrics: Mapping[str, float] | None = None
+    clip: Clip,
+    *,
+    precision: str = "fp32",
+    job_id: str = "",
+    metrics: Mapping[str, float] | None = None,
+    matryoshka_dims: tuple[int, ...] = (),
 ) -> Manifest:
     """The manifest of `clip` as it is now."""
     return Manifest(
@@ -59,6 +64,7 @@ def manifest_of(
         similarity_parameters=dict(clip.similarity.parameters_given),
         similarity_values=clip.similarity.values(),
         similarity_sha256=clip.similarity.sha256,
+        matryoshka_dims=matryoshka_dims,
         precision=precision,
         job_id=job_id,
         metrics=dict(metrics or {}),

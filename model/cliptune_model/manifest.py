@@ -41,6 +41,7 @@ class Manifest:
         similarity_values: what it computes with, given or learned, for a person and for clients.
         similarity_sha256: of the file of a user's own similarity.
         weights_sha256: of the weights file, compared when they are loaded. Empty: not compared.
+        matryoshka_dims: fewer dimensions that it was trained to be cut to, ascending.
         precision: of training: "fp32", "bf16" or "fp16". The weights are fp32.
         job_id: the job that trained it. Empty: none.
         metrics: evaluation after training, by name.
@@ -56,6 +57,7 @@ class Manifest:
     similarity_values: Mapping[str, float] = field(default_factory=dict)
     similarity_sha256: str = ""
     weights_sha256: str = ""
+    matryoshka_dims: tuple[int, ...] = ()
     precision: str = "fp32"
     job_id: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -86,7 +88,9 @@ class Manifest:
             known = {item.name for item in dataclasses.fields(cls)}
             height, width = values["image_size"]
             kept = {key: value for key, value in values.items() if key in known}
-            return cls(**{**kept, "image_size": (int(height), int(width))})
+            kept["image_size"] = (int(height), int(width))
+            kept["matryoshka_dims"] = tuple(map(int, values.get("matryoshka_dims", ())))
+            return cls(**kept)
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInputError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
 

@@ -48,6 +48,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep no second inference process ready: saves memory, and a dead one is replaced later",
     )
     parser.add_argument(
+        "--embedding-cache",
+        dest="embedding_cache_bytes",
+        type=_size,
+        default=64 * 1024 * 1024,
+        metavar="SIZE",
+        help="memory for embeddings that may be asked for again; 0: none (default: 64MiB)",
+    )
+    parser.add_argument(
         "--no-yield",
         dest="yield_to_inference",
         action="store_false",
@@ -117,6 +125,7 @@ def _run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         threads=arguments.threads,
         standby=arguments.standby,
+        embedding_cache_bytes=arguments.embedding_cache_bytes,
         yield_to_inference=arguments.yield_to_inference,
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         code_folders=tuple(arguments.code_folders or ()),

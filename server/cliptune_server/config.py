@@ -99,6 +99,8 @@ class ServerConfig:
     """CPU threads of the engine. None: it chooses."""
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced in a second rather than in ten."""
+    embedding_cache_bytes: int = 64 * 1024 * 1024
+    """Embeddings that the engine remembers by their item's content. 0: none."""
     yield_to_inference: bool = True
     """Ask trainers on the engine's accelerator to stand still while requests are in flight."""
     data_roots: tuple[Path, ...] = ()
@@ -131,6 +133,10 @@ class ServerConfig:
             raise InvalidInputError(
                 f"{self.default_model!r} cannot be served by default; allowed: {DEFAULT_MODEL}, none",
                 allowed=f"{DEFAULT_MODEL}, none",
+            )
+        if self.embedding_cache_bytes < 0:
+            raise InvalidInputError(
+                f"the embedding cache must not be below 0 bytes, and is {self.embedding_cache_bytes}"
             )
         if self.grace_s < 0:
             raise InvalidInputError(f"grace_s must not be negative, and is {self.grace_s}")

@@ -97,6 +97,7 @@ class Daemon:
                     home=config.home,
                     code_folders=config.code_folders,
                     message_bytes=config.limits.message_bytes,
+                    cache_bytes=config.embedding_cache_bytes,
                     standby=config.standby,
                 ),
                 on_change=self._on_engine,

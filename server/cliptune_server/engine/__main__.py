@@ -36,6 +36,7 @@ from cliptune_model.machine.policy import prepare_process
 from cliptune_model.machine.rules import choose_serving_attention
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
+from cliptune_server.engine.cache import DEFAULT_BYTES, EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet
@@ -59,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the forward")
     parser.add_argument("--message-bytes", type=int, default=_MESSAGE_BYTES, help="largest message")
+    parser.add_argument(
+        "--cache-bytes", type=int, default=DEFAULT_BYTES, help="embeddings that are remembered; 0: none"
+    )
     parser.add_argument("--home", type=Path, default=None, help="where cliptune doctor keeps its proofs")
     parser.add_argument("--log-level", default="info", choices=LEVELS)
     options = parser.parse_args(arguments)
@@ -75,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device, proofs = choose_proven_device(options.device, options.home)
         threads = int(choose_threads(options.threads).value)
         plan = AttentionPlan(mode=choose_serving_attention(proofs).value)
-        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes, plan))
+        cache = EmbeddingCache(options.cache_bytes)
+        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes, plan, cache))
     except CliptuneError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 2
@@ -85,7 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def serve(
-    address: str, device: str, threads: int, message_bytes: int, attention: AttentionPlan
+    address: str,
+    device: str,
+    threads: int,
+    message_bytes: int,
+    attention: AttentionPlan,
+    cache: EmbeddingCache,
 ) -> None:
     """Serves until SIGTERM or SIGINT."""
     stop = asyncio.Event()
@@ -111,10 +121,19 @@ async def serve(
         batcher=batcher,
         decoder=decoder,
         decoded_ahead=2 * batch_items,
+        cache=cache,
     )
     admission = Admission(AdmissionLimits(total_bytes=2 * message_bytes), batcher.backlog_s)
-    inference = Inference(models=models, batcher=batcher, decoder=decoder, admission=admission)
-    servicer = EngineServicer(inference=inference, models=models, batcher=batcher, progress=progress)
+    inference = Inference(models=models, batcher=batcher, decoder=decoder, admission=admission, cache=cache)
+    servicer = EngineServicer(
+        inference=inference,
+        models=models,
+        batcher=batcher,
+        progress=progress,
+        decoder=decoder,
+        admission=admission,
+        cache=cache,
+    )
 
     sizes = [(f"grpc.max_{way}_message_length", message_bytes) for way in ("send", "receive")]
     server = grpc.aio.server(interceptors=[Border()], options=sizes)

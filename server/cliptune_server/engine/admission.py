@@ -38,6 +38,8 @@ class Admission:
         self._backlog_s = backlog_s
         self.items = 0
         self.bytes = 0
+        self.shed = 0
+        """Requests that were refused for want of room or of time."""
 
     def check_count(self, field: str, count: int, limit: int | None = None) -> None:
         """`RequestTooLargeError` when a field of a request holds more than `limit` items."""
@@ -47,6 +49,18 @@ class Admission:
                 f"the request holds {count:,} {field}; at most {limit:,} are taken at a time",
                 field=field,
                 limit=limit,
+            )
+
+    def check_time(self, wait_s: float, left_s: float | None) -> None:
+        """`OverloadedError` when what is to be answered before takes longer than a caller has time.
+
+        Said before anything is decoded: work for an answer that nobody gets is taken from all others.
+        """
+        if left_s is not None and self.items and wait_s > left_s:
+            self.shed += 1
+            raise OverloadedError(
+                f"about {wait_s:.1f} s of work are waiting, and the caller has {max(left_s, 0):.1f} s",
+                retry_after_s=f"{max(0.1, wait_s - left_s):.1f}",
             )
 
     @contextmanager
@@ -59,6 +73,7 @@ class Admission:
             self.items + items > self.limits.total_items or self.bytes + size_bytes > self.limits.total_bytes
         )
         if full and self.items:
+            self.shed += 1
             raise OverloadedError(
                 f"the engine has {self.items:,} items ({self.bytes / 2**20:.0f} MiB) to answer first",
                 retry_after_s=f"{max(0.1, self._backlog_s()):.1f}",

@@ -10,8 +10,10 @@ Shape suffixes: C channels, H height, W width, B texts, L tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 from torch import Tensor
@@ -35,8 +37,17 @@ class Decoder:
 
     def __init__(self, *, threads: int, progress: Progress) -> None:
         self._progress: Final = progress
+        self._threads: Final = threads
+        self.seconds = 0.0
+        """Of all threads together, since the start."""
+        self.items = 0
         self._images: Final = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._texts: Final = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+
+    @property
+    def item_s(self) -> float:
+        """Seconds between two items where all threads are busy; 0 before the first."""
+        return self.seconds / self.items / self._threads if self.items else 0.0
 
     def close(self) -> None:
         """Does not wait for what runs: nobody waits for its result."""
@@ -45,10 +56,16 @@ class Decoder:
 
     async def image(self, clip: Clip, image: tensor_pb2.Image) -> Tensor:
         """One image → [3, H, W]. Raises what is wrong with it."""
-        return await asyncio.get_running_loop().run_in_executor(self._images, self._image, clip, image)
+        seconds: list[float] = []
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._images, self._image, clip, image, seconds
+            )
+        finally:
+            self._count(seconds, 1)
 
     async def texts(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:
-        """Texts → [L] each, or the error of that text."""
+        """Texts → [L] each, cut as `Clip.trim` does, or the error of that text."""
         loop = asyncio.get_running_loop()
         decoded: list[Tensor | CliptuneError] = []
         for start in range(0, len(texts), _TURN_TEXTS):
@@ -56,8 +73,12 @@ class Decoder:
             decoded += await loop.run_in_executor(self._texts, self._tokenise, clip, turn)
         return decoded
 
-    def _image(self, clip: Clip, image: tensor_pb2.Image) -> Tensor:
-        with self._progress.working(_DECODE_LIMIT_S):
+    def _count(self, seconds: Sequence[float], items: int) -> None:
+        self.seconds += sum(seconds)
+        self.items += items if seconds else 0
+
+    def _image(self, clip: Clip, image: tensor_pb2.Image, seconds: list[float]) -> Tensor:
+        with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
             match image.WhichOneof("source"):
                 case "encoded":
                     return clip.preprocess(decode_image(image.encoded))
@@ -80,5 +101,14 @@ class Decoder:
             if good:
                 tokens_BL = clip.tokenize([texts[place] for place in good])
                 for place, tokens_L in zip(good, tokens_BL, strict=True):
-                    found[place] = tokens_L
+                    found[place] = clip.trim(tokens_L[None])[0]
             return found
+
+
+@contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    began_s = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds.append(time.perf_counter() - began_s)

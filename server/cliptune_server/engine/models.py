@@ -26,8 +26,9 @@ from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
-from cliptune_model.exported import load_exported
+from cliptune_model.exported import MANIFEST_FILE, load_exported, read_manifest
 from cliptune_server.engine.batcher import Batcher, Lane
+from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.spans import Caller
@@ -54,6 +55,8 @@ class ServedModel:
     scores: Scores
     decoded_ahead: asyncio.Semaphore
     """Decoded images that may wait for this model: two batches, so that one is ready while another runs."""
+    trained_dims: tuple[int, ...] = ()
+    """Fewer dimensions that an embedding may be cut to (Matryoshka)."""
     class_vectors: VectorCache = field(default_factory=VectorCache)
     load_seconds: float = 0.0
     users: int = 0
@@ -87,8 +90,10 @@ class ModelSet:
         batcher: Batcher,
         decoder: Decoder,
         decoded_ahead: int,
+        cache: EmbeddingCache,
     ) -> None:
         self.device: Final = device
+        self._cache: Final = cache
         self._attention: Final = attention
         self._batcher: Final = batcher
         self._decoder: Final = decoder
@@ -137,7 +142,8 @@ class ModelSet:
                 )
             began_s = time.perf_counter()
             loop = asyncio.get_running_loop()
-            model = self._open(key, path, await loop.run_in_executor(self._loader, self._read, path))
+            towers, trained_dims = await loop.run_in_executor(self._loader, self._read, path)
+            model = self._open(key, path, towers, trained_dims)
             try:
                 # The first forward is much slower than the others, which the batcher is to learn from.
                 await self.ask_canary(model)
@@ -186,17 +192,18 @@ class ModelSet:
         if isinstance(tokens_L, CliptuneError):
             raise InternalError(f"the canary's text was refused: {tokens_L.message}")
         await asyncio.gather(
-            self._batcher.submit(model.images, image_CHW, caller, urgent=True),
-            self._batcher.submit(model.texts, tokens_L, caller, urgent=True),
+            self._batcher.submit(model.images, image_CHW, caller, shape=image_CHW.shape, urgent=True),
+            self._batcher.submit(model.texts, tokens_L, caller, length=len(tokens_L), urgent=True),
         )
 
-    def _open(self, key: str, path: str, towers: Towers) -> ServedModel:
+    def _open(self, key: str, path: str, towers: Towers, trained_dims: tuple[int, ...]) -> ServedModel:
         return ServedModel(
             key=key,
             path=path,
             clip=towers.clip,
-            images=self._batcher.open(key, "image", towers.images),
-            texts=self._batcher.open(key, "text", towers.texts),
+            images=self._batcher.open(key, "image", towers.images, towers.stack),
+            texts=self._batcher.open(key, "text", towers.texts, towers.stack),
+            trained_dims=trained_dims,
             scores=Scores(towers.clip.similarity),
             decoded_ahead=asyncio.Semaphore(self._decoded_ahead),
         )
@@ -204,13 +211,15 @@ class ModelSet:
     def _close(self, model: ServedModel) -> None:
         for lane in (model.images, model.texts):
             self._batcher.remove(lane)
+            self._cache.forget((model.key, lane.tower))
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _read(self, path: str) -> Towers:
+    def _read(self, path: str) -> tuple[Towers, tuple[int, ...]]:
         clip = load_exported(Path(path), device=self.device)
         install(clip.model, self._attention)
-        return Towers(clip)
+        told = (Path(path) / MANIFEST_FILE).is_file()
+        return Towers(clip), tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()
 
     def _probe(self) -> None:
         ones = torch.ones(8, 8, device=self.device)

@@ -35,9 +35,11 @@ class Rows:
     vectors: Vector
     """[N, D] float32."""
     errors: Mapping[int, CliptuneError] = field(default_factory=dict)
+    tokens: int = 0
+    """Of texts, without padding."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[Vector | BaseException], dim: int) -> Rows:
+    def of(cls, outcomes: Sequence[Vector | BaseException], dim: int, *, tokens: int = 0) -> Rows:
         """From one outcome an item. What ends the whole request is raised."""
         vectors_ND = np.full((len(outcomes), dim), np.nan, dtype=np.float32)
         errors: dict[int, CliptuneError] = {}
@@ -53,7 +55,7 @@ class Rows:
                 raise outcome
             else:
                 vectors_ND[place] = outcome
-        return cls(vectors=vectors_ND, errors=errors)
+        return cls(vectors=vectors_ND, errors=errors, tokens=tokens)
 
     def raise_single(self) -> None:
         """An error is the whole request's when its field holds a single item."""

@@ -14,13 +14,16 @@ from typing import Any, Final, cast
 import grpc
 from opentelemetry import trace
 
-from cliptune import tracing
+from cliptune import priority, tracing
 from cliptune.errors import CliptuneError, InternalError, wire_status
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.v1 import inference_pb2
 from cliptune.wire import DETAILS_KEY, status_details, status_message
 from cliptune_model.machine.device import device_memory_bytes
+from cliptune_server.engine.admission import Admission
 from cliptune_server.engine.batcher import Batcher
+from cliptune_server.engine.cache import EmbeddingCache
+from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet
 from cliptune_server.engine.progress import Progress
@@ -37,12 +40,23 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
     """Methods of the engine."""
 
     def __init__(
-        self, *, inference: Inference, models: ModelSet, batcher: Batcher, progress: Progress
+        self,
+        *,
+        inference: Inference,
+        models: ModelSet,
+        batcher: Batcher,
+        progress: Progress,
+        decoder: Decoder,
+        admission: Admission,
+        cache: EmbeddingCache,
     ) -> None:
         self._inference: Final = inference
         self._models: Final = models
         self._batcher: Final = batcher
         self._progress: Final = progress
+        self._decoder: Final = decoder
+        self._admission: Final = admission
+        self._cache: Final = cache
 
     async def EmbedImages(  # noqa: N802, D102
         self, request: inference_pb2.EmbedImagesRequest, context: _Context
@@ -99,16 +113,27 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
                 engine_pb2.QueueStatus(
                     model=lane.model,
                     tower=lane.tower,
-                    waiting_items=len(lane.waiting) + lane.running,
+                    waiting_items=len(lane) + lane.running,
                     batches=lane.batches,
                     items=lane.items,
                     forward_seconds=lane.forward_s,
+                    oldest_seconds=lane.oldest_s,
+                    positions=lane.positions,
+                    padding=lane.padding,
+                    expired_items=lane.expired,
+                    batch_sizes=lane.sizes,
                 )
                 for lane in self._batcher.lanes
             ],
             running_seconds=running.age_s,
             stall_limit_seconds=running.limit_s,
             resident_bytes=device_memory_bytes("cpu"),
+            decode_seconds=self._decoder.seconds,
+            decoded_items=self._decoder.items,
+            shed_requests=self._admission.shed,
+            cache=engine_pb2.CacheStatus(
+                hits=self._cache.hits, misses=self._cache.misses, bytes=self._cache.bytes
+            ),
         )
 
 
@@ -149,7 +174,8 @@ class Border(grpc.aio.ServerInterceptor):
 
 
 def _caller(context: _Context) -> Caller:
-    return Caller.current(context.time_remaining())
+    bulk = priority.is_bulk(context.invocation_metadata())
+    return Caller.current(context.time_remaining(), bulk=bulk)
 
 
 async def _tell(context: _Context, error: CliptuneError) -> None:

@@ -10,28 +10,63 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opentelemetry import trace
 from opentelemetry.context import Context, get_current
 from opentelemetry.util.types import Attributes
 
 from cliptune.tracing import tracer
+from cliptune.v1 import inference_pb2
+
+
+@dataclass(kw_only=True, slots=True)
+class Timings:
+    """Where the time of one request went, added to as its items pass the stages. On the event loop only."""
+
+    began_s: float = field(default_factory=time.perf_counter)
+    decode_s: float = 0.0
+    queue_s: float = 0.0
+    forward_s: float = 0.0
+    batch_items: int = 0
+    cached_items: int = 0
+
+    def batched(self, queue_s: float, forward_s: float, batch_items: int) -> None:
+        """An item has waited so long and was in such a forward."""
+        self.queue_s = max(self.queue_s, queue_s)
+        self.forward_s = max(self.forward_s, forward_s)
+        self.batch_items = max(self.batch_items, batch_items)
+
+    def profile(self) -> inference_pb2.Profile:
+        """Up to now, as the answer tells it."""
+        return inference_pb2.Profile(
+            decode_seconds=self.decode_s,
+            queue_seconds=self.queue_s,
+            forward_seconds=self.forward_s,
+            engine_seconds=time.perf_counter() - self.began_s,
+            batch_items=self.batch_items,
+            cached_items=self.cached_items,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """A request: its place in a trace, and the time that is left for it."""
+    """A request: its place in a trace, the time that is left for it, and whether others go first."""
 
     context: Context
     deadline_s: float | None = None
     """By time.monotonic. None: no limit."""
+    bulk: bool = False
+    """Nobody waits for it: what is interactive goes first."""
+    timings: Timings = field(default_factory=Timings)
 
     @classmethod
-    def current(cls, timeout_s: float | None = None) -> Caller:
+    def current(cls, timeout_s: float | None = None, *, bulk: bool = False) -> Caller:
         """The request that this task answers."""
         return cls(
-            context=get_current(), deadline_s=None if timeout_s is None else time.monotonic() + timeout_s
+            context=get_current(),
+            deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
+            bulk=bulk,
         )
 
     def late(self) -> bool:

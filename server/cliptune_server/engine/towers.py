@@ -1,8 +1,8 @@
 """The two towers of a loaded CLIP, as the batcher's forwards.
 
-Enters: preprocessed images or tokens, one tensor an item, on the CPU. Leaves: features as numpy, of unit
-length where the model's similarity looks at directions alone. Called on the device's thread only. Computed
-in fp32 and in inference mode, so that a vector equals plain open_clip's.
+Enters: preprocessed images or tokens, stacked, on the CPU. Leaves: features as numpy, of unit length where
+the model's similarity looks at directions alone. Called on the device's thread only, but for `stack`.
+Computed in fp32 and in inference mode, so that a vector equals plain open_clip's.
 
 Shape suffixes: N items, C channels, H height, W width, L tokens, D embedding.
 """
@@ -30,19 +30,30 @@ class Towers:
         clip.model.eval().requires_grad_(False)
         clip.similarity.eval().requires_grad_(False)
 
+    def stack(self, rows: Sequence[Tensor]) -> Tensor:
+        """N of [3, H, W] → [N, 3, H, W]; N of [L] int64, padded with 0 → [N, longest L]. On the CPU.
+
+        Pinned where the device is a GPU, so that the copy does not hold up the host.
+        """
+        if rows[0].ndim == 1:
+            stacked = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        else:
+            stacked = torch.stack(list(rows))
+        return stacked.pin_memory() if self._device.type == "cuda" else stacked
+
     @torch.inference_mode()
-    def images(self, images_CHW: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-        """N of [3, H, W] → [N, D]."""
+    def images(self, images_NCHW: Tensor) -> npt.NDArray[np.float32]:
+        """[N, 3, H, W] → [N, D]."""
         try:
-            return self._numpy(self.clip.encode_images(torch.stack(list(images_CHW)).to(self._device)))
+            return self._numpy(self.clip.encode_images(images_NCHW.to(self._device, non_blocking=True)))
         except RuntimeError as error:
             raise _told(error) from error
 
     @torch.inference_mode()
-    def texts(self, tokens_L: Sequence[Tensor]) -> npt.NDArray[np.float32]:
-        """N of [L] int64 → [N, D]."""
+    def texts(self, tokens_NL: Tensor) -> npt.NDArray[np.float32]:
+        """[N, L] int64 → [N, D]."""
         try:
-            return self._numpy(self.clip.encode_texts(torch.stack(list(tokens_L)).to(self._device)))
+            return self._numpy(self.clip.encode_texts(tokens_NL.to(self._device, non_blocking=True)))
         except RuntimeError as error:
             raise _told(error) from error
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final, TypeVar, cast
 
 import grpc
 
-from cliptune import tracing
+from cliptune import priority, tracing
 from cliptune.errors import CliptuneError, InvalidInputError, RequestTooLargeError, UnavailableError
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.wire import DETAILS_KEY, error_from_rpc
@@ -59,6 +59,8 @@ class EngineConfig:
     log_level: str = "info"
     message_bytes: int = 256 * 1024 * 1024
     """Largest message, either way."""
+    cache_bytes: int = 64 * 1024 * 1024
+    """Embeddings that are remembered by their item's content. 0: none."""
     standby: bool = True
     """Keep a second process ready that has imported everything and loaded nothing.
 
@@ -116,7 +118,7 @@ class EngineProcess:
             "--message-bytes",
             str(config.message_bytes),
         ]
-        command += ["--log-level", config.log_level]
+        command += ["--log-level", config.log_level, "--cache-bytes", str(config.cache_bytes)]
         if config.home is not None:
             command += ["--home", str(config.home)]
         if config.threads is not None:
@@ -162,14 +164,20 @@ class EngineProcess:
             self.verdict.set_result(reason)
 
     async def call(
-        self, pick: Pick[_Request, _Response], request: _Request, timeout_s: float | None
+        self,
+        pick: Pick[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+        *,
+        bulk: bool = False,
     ) -> _Response:
-        """One call, as part of the current trace.
+        """One call, as part of the current trace; `bulk`: others go first.
 
         Raises the engine's own error, or `UnavailableError` when the engine ends meanwhile.
         """
         try:
-            return await pick(self._stub)(request, timeout=timeout_s, metadata=tracing.inject())
+            metadata = tracing.inject(priority.metadata(bulk=bulk))
+            return await pick(self._stub)(request, timeout=timeout_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             if _says_why(error):
                 raise error_from_rpc(error) from None

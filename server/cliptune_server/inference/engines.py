@@ -165,8 +165,10 @@ class EngineSupervisor:
         pick: Pick[_Request, _Response],
         request: _Request,
         timeout_s: float | None = None,
+        *,
+        bulk: bool = False,
     ) -> _Response:
-        """Forwards one call: `call(lambda stub: stub.EmbedTexts, request, 5.0)`.
+        """Forwards one call: `call(lambda stub: stub.EmbedTexts, request, 5.0)`; `bulk`: others go first.
 
         `UnavailableError` at once while there is no engine, and when it ends during the call.
         """
@@ -174,7 +176,7 @@ class EngineSupervisor:
         if engine is None or engine.condemned:
             reason = self.reason or "the engine is being replaced"
             raise UnavailableError(reason, retry_after_s=f"{self._retry_after_s:g}")
-        return await engine.call(pick, request, timeout_s)
+        return await engine.call(pick, request, timeout_s, bulk=bulk)
 
     async def _supervise(self) -> None:
         failures = 0

@@ -25,7 +25,7 @@ MESSAGE_BYTES: Final = 256 * 1024 * 1024
 _KEY_BYTES: Final = 4096
 
 _Request = TypeVar("_Request", bound="InferenceRequest")
-_Response = TypeVar("_Response")
+_Response = TypeVar("_Response", bound="InferenceResponse")
 
 if TYPE_CHECKING:
     from cliptune_server.inference.engine_process import Pick
@@ -38,6 +38,14 @@ class InferenceRequest(Protocol):
 
     def ByteSize(self) -> int:  # noqa: N802
         """Bytes on the wire."""
+
+
+class InferenceResponse(Protocol):
+    """What all responses have."""
+
+    @property
+    def profile(self) -> inference_pb2.Profile:
+        """Where the time went."""
 
 
 class Router:
@@ -53,39 +61,43 @@ class Router:
         self._message_bytes: Final = message_bytes
 
     async def embed_images(
-        self, request: inference_pb2.EmbedImagesRequest, timeout_s: float | None = None
+        self, request: inference_pb2.EmbedImagesRequest, timeout_s: float | None = None, *, bulk: bool = False
     ) -> inference_pb2.EmbedImagesResponse:
         """Unit vectors of images."""
-        return await self._forward("EmbedImages", lambda stub: stub.EmbedImages, request, timeout_s)
+        return await self._forward(
+            "EmbedImages", lambda stub: stub.EmbedImages, request, timeout_s, bulk=bulk
+        )
 
     async def embed_texts(
-        self, request: inference_pb2.EmbedTextsRequest, timeout_s: float | None = None
+        self, request: inference_pb2.EmbedTextsRequest, timeout_s: float | None = None, *, bulk: bool = False
     ) -> inference_pb2.EmbedTextsResponse:
         """Unit vectors of texts."""
-        return await self._forward("EmbedTexts", lambda stub: stub.EmbedTexts, request, timeout_s)
+        return await self._forward("EmbedTexts", lambda stub: stub.EmbedTexts, request, timeout_s, bulk=bulk)
 
     async def similarity(
-        self, request: inference_pb2.SimilarityRequest, timeout_s: float | None = None
+        self, request: inference_pb2.SimilarityRequest, timeout_s: float | None = None, *, bulk: bool = False
     ) -> inference_pb2.SimilarityResponse:
         """Every image against every text."""
-        return await self._forward("Similarity", lambda stub: stub.Similarity, request, timeout_s)
+        return await self._forward("Similarity", lambda stub: stub.Similarity, request, timeout_s, bulk=bulk)
 
     async def score_pairs(
-        self, request: inference_pb2.ScorePairsRequest, timeout_s: float | None = None
+        self, request: inference_pb2.ScorePairsRequest, timeout_s: float | None = None, *, bulk: bool = False
     ) -> inference_pb2.ScorePairsResponse:
         """Image i against text i."""
-        return await self._forward("ScorePairs", lambda stub: stub.ScorePairs, request, timeout_s)
+        return await self._forward("ScorePairs", lambda stub: stub.ScorePairs, request, timeout_s, bulk=bulk)
 
     async def classify(
-        self, request: inference_pb2.ClassifyRequest, timeout_s: float | None = None
+        self, request: inference_pb2.ClassifyRequest, timeout_s: float | None = None, *, bulk: bool = False
     ) -> inference_pb2.ClassifyResponse:
         """Zero-shot classes of images."""
-        return await self._forward("Classify", lambda stub: stub.Classify, request, timeout_s)
+        return await self._forward("Classify", lambda stub: stub.Classify, request, timeout_s, bulk=bulk)
 
     async def embed_stream(
-        self, requests: AsyncIterator[inference_pb2.EmbedStreamRequest]
+        self, requests: AsyncIterator[inference_pb2.EmbedStreamRequest], *, bulk: bool = True
     ) -> AsyncGenerator[inference_pb2.EmbedStreamResponse]:
         """Bulk embedding: answers as they come; each request is answered, with an error at worst.
+
+        Whatever is interactive goes before it, unless `bulk` says that this is interactive too.
 
         One reference means one version to the stream's end; where an alias moves, the version that it left
         stays in the engine so long.
@@ -95,10 +107,14 @@ class Router:
         async def embed_images(
             request: inference_pb2.EmbedImagesRequest,
         ) -> inference_pb2.EmbedImagesResponse:
-            return await self._forward("EmbedImages", lambda stub: stub.EmbedImages, request, None, pins)
+            return await self._forward(
+                "EmbedImages", lambda stub: stub.EmbedImages, request, None, pins, bulk=bulk
+            )
 
         async def embed_texts(request: inference_pb2.EmbedTextsRequest) -> inference_pb2.EmbedTextsResponse:
-            return await self._forward("EmbedTexts", lambda stub: stub.EmbedTexts, request, None, pins)
+            return await self._forward(
+                "EmbedTexts", lambda stub: stub.EmbedTexts, request, None, pins, bulk=bulk
+            )
 
         try:
             async with aclosing(BulkStream(embed_images, embed_texts).run(requests)) as answers:
@@ -114,6 +130,8 @@ class Router:
         request: _Request,
         timeout_s: float | None,
         pins: Pins | None = None,
+        *,
+        bulk: bool = False,
     ) -> _Response:
         size, limit = request.ByteSize(), self._message_bytes - _KEY_BYTES
         if size > limit:
@@ -121,19 +139,22 @@ class Router:
                 f"the request has {size:,} bytes; at most {limit:,} are taken: send fewer items at a time",
                 limit=limit,
             )
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        began_s = time.monotonic()
+        deadline_s = None if timeout_s is None else began_s + timeout_s
         reference = request.model
         with self.traffic.request(), tracer().start_as_current_span(f"router.{name}", record_exception=False):
             request.model = await (pins or self._catalog).resolve(reference)
             try:
-                return await self._engines.call(pick, request, _left_s(deadline_s))
+                answer = await self._engines.call(pick, request, _left_s(deadline_s), bulk=bulk)
             except ModelStateError:
                 # It was unloaded in between, as when an alias moves: the reference may mean another one now.
                 key = await (pins or self._catalog).resolve(reference)
                 if key == request.model:
                     raise
                 request.model = key
-                return await self._engines.call(pick, request, _left_s(deadline_s))
+                answer = await self._engines.call(pick, request, _left_s(deadline_s), bulk=bulk)
+        answer.profile.daemon_seconds = time.monotonic() - began_s
+        return answer
 
 
 def _left_s(deadline_s: float | None) -> float | None:

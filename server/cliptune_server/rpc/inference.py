@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 
+from cliptune import priority
 from cliptune.v1 import inference_pb2, inference_pb2_grpc
 from cliptune_server.inference.router import Router
 
@@ -23,31 +24,37 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def EmbedImages(  # noqa: N802, D102
         self, request: inference_pb2.EmbedImagesRequest, context: _Context
     ) -> inference_pb2.EmbedImagesResponse:
-        return await self._router.embed_images(request, context.time_remaining())
+        return await self._router.embed_images(request, context.time_remaining(), bulk=_bulk(context))
 
     async def EmbedTexts(  # noqa: N802, D102
         self, request: inference_pb2.EmbedTextsRequest, context: _Context
     ) -> inference_pb2.EmbedTextsResponse:
-        return await self._router.embed_texts(request, context.time_remaining())
+        return await self._router.embed_texts(request, context.time_remaining(), bulk=_bulk(context))
 
     async def Similarity(  # noqa: N802, D102
         self, request: inference_pb2.SimilarityRequest, context: _Context
     ) -> inference_pb2.SimilarityResponse:
-        return await self._router.similarity(request, context.time_remaining())
+        return await self._router.similarity(request, context.time_remaining(), bulk=_bulk(context))
 
     async def ScorePairs(  # noqa: N802, D102
         self, request: inference_pb2.ScorePairsRequest, context: _Context
     ) -> inference_pb2.ScorePairsResponse:
-        return await self._router.score_pairs(request, context.time_remaining())
+        return await self._router.score_pairs(request, context.time_remaining(), bulk=_bulk(context))
 
     async def Classify(  # noqa: N802, D102
         self, request: inference_pb2.ClassifyRequest, context: _Context
     ) -> inference_pb2.ClassifyResponse:
-        return await self._router.classify(request, context.time_remaining())
+        return await self._router.classify(request, context.time_remaining(), bulk=_bulk(context))
 
     async def EmbedStream(  # noqa: N802, D102
         self, request_iterator: AsyncIterator[inference_pb2.EmbedStreamRequest], context: _Context
     ) -> AsyncIterator[inference_pb2.EmbedStreamResponse]:
-        async with aclosing(self._router.embed_stream(request_iterator)) as answers:
+        async with aclosing(
+            self._router.embed_stream(request_iterator, bulk=_bulk(context, otherwise=True))
+        ) as answers:
             async for answer in answers:
                 yield answer
+
+
+def _bulk(context: _Context, *, otherwise: bool = False) -> bool:
+    return priority.is_bulk(context.invocation_metadata(), otherwise=otherwise)

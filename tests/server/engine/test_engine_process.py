@@ -62,7 +62,7 @@ async def engine(
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.address)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
         engine = await EngineProcess.launch(
-            tmp_path_factory.mktemp("e") / "e.sock", EngineConfig(device="cpu", threads=1)
+            tmp_path_factory.mktemp("e") / "e.sock", EngineConfig(device="cpu", threads=1, cache_bytes=0)
         )
     try:
         await load(engine, "m:1", model_dir)

@@ -13,12 +13,25 @@ from cliptune_model.exported import export_model, manifest_of
 from cliptune_trainer.job import JobFolder
 
 
-def export(job: JobFolder, clip: Clip, *, precision: str, metrics: Mapping[str, float]) -> str:
+def export(
+    job: JobFolder,
+    clip: Clip,
+    *,
+    precision: str,
+    metrics: Mapping[str, float],
+    matryoshka_dims: tuple[int, ...] = (),
+) -> str:
     """Writes the model in open_clip's own format; returns the folder relative to the job's.
 
     Raises:
         DiskFullError: no space left; nothing is changed.
     """
-    manifest = manifest_of(clip, precision=precision, job_id=job.job_id, metrics=metrics)
+    manifest = manifest_of(
+        clip,
+        precision=precision,
+        job_id=job.job_id,
+        metrics=metrics,
+        matryoshka_dims=matryoshka_dims,
+    )
     export_model(clip, job.export, manifest)
     return job.export.relative_to(job.path).as_posix()

@@ -319,7 +319,13 @@ class Training:
 
     def _write_export(self) -> None:
         self._clip.model.eval()
-        export(self._job, self._clip, precision=self._execution.precision, metrics=self._metrics)
+        export(
+            self._job,
+            self._clip,
+            precision=self._execution.precision,
+            metrics=self._metrics,
+            matryoshka_dims=self._spec.loss.matryoshka_dims,
+        )
 
     # -- what it can be told
     # ---------------------------------------------------------------------------------------
