@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Final
 from xml.sax.saxutils import escape
 
-_WIDTH, _HEIGHT, _TOP, _LEFT, _BOTTOM, _RIGHT = 430, 300, 60, 60, 48, 16
+_WIDTH, _HEIGHT, _TOP, _LEFT, _BOTTOM, _RIGHT = 430, 316, 76, 60, 48, 16
 # Told apart without colour too: the second is dashed.
 _STROKES: Final = (("#1f6feb", ""), ("#d1242f", "6 4"), ("#1a7f37", "2 3"), ("#8250df", "8 3 2 3"))
 _Y_TICKS: Final = 5
+# The names of the lines, in a row above the axes, where no line passes.
+_KEY_Y, _KEY_WIDTH = 60, 150
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,10 +81,10 @@ def _panel(panel: Panel) -> list[str]:
         path = " ".join(f"{x},{y}" for x, y in (at(*point) for point in line.points))
         style = f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dashes}"'
         parts.append(f'<polyline points="{path}" fill="none" {style}/>')
-        key_y = _TOP + 4 + 16 * place
+        x = _LEFT + _KEY_WIDTH * place
         parts.append(
-            f'<line x1="{_LEFT + 10}" x2="{_LEFT + 34}" y1="{key_y}" y2="{key_y}" {style}/>'
-            f'<text x="{_LEFT + 40}" y="{key_y + 4}">{escape(line.name)}</text>'
+            f'<line x1="{x}" x2="{x + 24}" y1="{_KEY_Y}" y2="{_KEY_Y}" {style}/>'
+            f'<text x="{x + 30}" y="{_KEY_Y + 4}">{escape(line.name)}</text>'
         )
     return parts
 

@@ -21,7 +21,7 @@ import torch
 
 from bench.accumulation import noise
 from bench.chart import Line, Panel, draw
-from bench.record import Columns, cores, gpu, of_other_models, report
+from bench.record import Columns, Result, cores, gpu, of_other_models, report
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
@@ -313,7 +313,8 @@ def main() -> None:
     lines += by_micro_batch(Bench(*form.drawn, arguments.device, form.precision))
     keep()
     if arguments.draw:
-        path = Path(__file__).parents[1] / "docs" / f"memory.{device.replace(' ', '-')}.svg"
+        stem = Path(Result.of("memory", (), device=device).file_name).stem
+        path = Path(__file__).parents[1] / "docs" / f"{stem}.svg"
         title = f"{form.drawn[0]}, {form.drawn[1]} pairs a step, {device}"
         path.write_text(chart(lines, title), encoding="utf-8")
 
