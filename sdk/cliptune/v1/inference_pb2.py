@@ -27,7 +27,7 @@ from cliptune.v1 import spec_pb2 as cliptune_dot_v1_dot_spec__pb2
 from cliptune.v1 import tensor_pb2 as cliptune_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63liptune/v1/inference.proto\x12\x0b\x63liptune.v1\x1a\x17\x63liptune/v1/error.proto\x1a\x16\x63liptune/v1/spec.proto\x1a\x18\x63liptune/v1/tensor.proto\"[\n\x12\x45mbedImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12\x12\n\ndimensions\x18\x03 \x01(\x05\"\x9c\x01\n\x13\x45mbedImagesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\nembeddings\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x04 \x01(\x0b\x32\x14.cliptune.v1.Profile\"E\n\x11\x45mbedTextsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\ndimensions\x18\x03 \x01(\x05\"\xab\x01\n\x12\x45mbedTextsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\nembeddings\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12\x0e\n\x06tokens\x18\x04 \x01(\x03\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"U\n\x11SimilarityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12\r\n\x05texts\x18\x03 \x03(\t\"\xac\x01\n\x12SimilarityResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12\x13\n\x0blogit_scale\x18\x03 \x01(\x01\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"M\n\x11ScorePairsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05pairs\x18\x02 \x03(\x0b\x32\x1a.cliptune.v1.ImageTextPair\"@\n\rImageTextPair\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.cliptune.v1.Image\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xac\x01\n\x12ScorePairsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12\x13\n\x0blogit_scale\x18\x03 \x01(\x01\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"p\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12*\n\x07\x63lasses\x18\x03 \x03(\x0b\x32\x19.cliptune.v1.ClassPrompts\"\xd1\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12*\n\rprobabilities\x18\x03 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12#\n\x06scores\x18\x04 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x06 \x01(\x0b\x32\x14.cliptune.v1.Profile\"l\n\x12\x45mbedStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05image\x18\x03 \x01(\x0b\x32\x12.cliptune.v1.ImageH\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x42\x06\n\x04item\"\x8f\x01\n\x13\x45mbedStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\tembedding\x18\x03 \x01(\x0b\x32\x13.cliptune.v1.TensorH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.cliptune.v1.ErrorDetailH\x00\x42\x08\n\x06result\"\xac\x01\n\x07Profile\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x61\x65mon_seconds\x18\x05 \x01(\x01\x12\x13\n\x0b\x62\x61tch_items\x18\x06 \x01(\x05\x12\x14\n\x0c\x63\x61\x63hed_items\x18\x07 \x01(\x05\x32\xf0\x03\n\x10InferenceService\x12P\n\x0b\x45mbedImages\x12\x1f.cliptune.v1.EmbedImagesRequest\x1a .cliptune.v1.EmbedImagesResponse\x12M\n\nEmbedTexts\x12\x1e.cliptune.v1.EmbedTextsRequest\x1a\x1f.cliptune.v1.EmbedTextsResponse\x12M\n\nSimilarity\x12\x1e.cliptune.v1.SimilarityRequest\x1a\x1f.cliptune.v1.SimilarityResponse\x12M\n\nScorePairs\x12\x1e.cliptune.v1.ScorePairsRequest\x1a\x1f.cliptune.v1.ScorePairsResponse\x12G\n\x08\x43lassify\x12\x1c.cliptune.v1.ClassifyRequest\x1a\x1d.cliptune.v1.ClassifyResponse\x12T\n\x0b\x45mbedStream\x12\x1f.cliptune.v1.EmbedStreamRequest\x1a .cliptune.v1.EmbedStreamResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63liptune/v1/inference.proto\x12\x0b\x63liptune.v1\x1a\x17\x63liptune/v1/error.proto\x1a\x16\x63liptune/v1/spec.proto\x1a\x18\x63liptune/v1/tensor.proto\"o\n\x12\x45mbedImagesRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12\x12\n\ndimensions\x18\x03 \x01(\x05\x12\x12\n\nresolution\x18\x04 \x01(\t\"\x9c\x01\n\x13\x45mbedImagesResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\nembeddings\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x04 \x01(\x0b\x32\x14.cliptune.v1.Profile\"E\n\x11\x45mbedTextsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x12\n\ndimensions\x18\x03 \x01(\x05\"\xab\x01\n\x12\x45mbedTextsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\nembeddings\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x03 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12\x0e\n\x06tokens\x18\x04 \x01(\x03\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"i\n\x11SimilarityRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12\r\n\x05texts\x18\x03 \x03(\t\x12\x12\n\nresolution\x18\x04 \x01(\t\"\xac\x01\n\x12SimilarityResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12\x13\n\x0blogit_scale\x18\x03 \x01(\x01\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"a\n\x11ScorePairsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12)\n\x05pairs\x18\x02 \x03(\x0b\x32\x1a.cliptune.v1.ImageTextPair\x12\x12\n\nresolution\x18\x03 \x01(\t\"@\n\rImageTextPair\x12!\n\x05image\x18\x01 \x01(\x0b\x32\x12.cliptune.v1.Image\x12\x0c\n\x04text\x18\x02 \x01(\t\"\xac\x01\n\x12ScorePairsResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x06scores\x18\x02 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12\x13\n\x0blogit_scale\x18\x03 \x01(\x01\x12&\n\x06\x65rrors\x18\x04 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x05 \x01(\x0b\x32\x14.cliptune.v1.Profile\"\x84\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\"\n\x06images\x18\x02 \x03(\x0b\x32\x12.cliptune.v1.Image\x12*\n\x07\x63lasses\x18\x03 \x03(\x0b\x32\x19.cliptune.v1.ClassPrompts\x12\x12\n\nresolution\x18\x04 \x01(\t\"\xd1\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\t\x12*\n\rprobabilities\x18\x03 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12#\n\x06scores\x18\x04 \x01(\x0b\x32\x13.cliptune.v1.Tensor\x12&\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x16.cliptune.v1.ItemError\x12%\n\x07profile\x18\x06 \x01(\x0b\x32\x14.cliptune.v1.Profile\"\x80\x01\n\x12\x45mbedStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x05image\x18\x03 \x01(\x0b\x32\x12.cliptune.v1.ImageH\x00\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12\x12\n\nresolution\x18\x05 \x01(\tB\x06\n\x04item\"\x8f\x01\n\x13\x45mbedStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\tembedding\x18\x03 \x01(\x0b\x32\x13.cliptune.v1.TensorH\x00\x12)\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x18.cliptune.v1.ErrorDetailH\x00\x42\x08\n\x06result\"\xac\x01\n\x07Profile\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x01 \x01(\x01\x12\x15\n\rqueue_seconds\x18\x02 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x65ngine_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x64\x61\x65mon_seconds\x18\x05 \x01(\x01\x12\x13\n\x0b\x62\x61tch_items\x18\x06 \x01(\x05\x12\x14\n\x0c\x63\x61\x63hed_items\x18\x07 \x01(\x05\x32\xf0\x03\n\x10InferenceService\x12P\n\x0b\x45mbedImages\x12\x1f.cliptune.v1.EmbedImagesRequest\x1a .cliptune.v1.EmbedImagesResponse\x12M\n\nEmbedTexts\x12\x1e.cliptune.v1.EmbedTextsRequest\x1a\x1f.cliptune.v1.EmbedTextsResponse\x12M\n\nSimilarity\x12\x1e.cliptune.v1.SimilarityRequest\x1a\x1f.cliptune.v1.SimilarityResponse\x12M\n\nScorePairs\x12\x1e.cliptune.v1.ScorePairsRequest\x1a\x1f.cliptune.v1.ScorePairsResponse\x12G\n\x08\x43lassify\x12\x1c.cliptune.v1.ClassifyRequest\x1a\x1d.cliptune.v1.ClassifyResponse\x12T\n\x0b\x45mbedStream\x12\x1f.cliptune.v1.EmbedStreamRequest\x1a .cliptune.v1.EmbedStreamResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,33 +35,33 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cliptune.v1.inference_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_EMBEDIMAGESREQUEST']._serialized_start=119
-  _globals['_EMBEDIMAGESREQUEST']._serialized_end=210
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=213
-  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=369
-  _globals['_EMBEDTEXTSREQUEST']._serialized_start=371
-  _globals['_EMBEDTEXTSREQUEST']._serialized_end=440
-  _globals['_EMBEDTEXTSRESPONSE']._serialized_start=443
-  _globals['_EMBEDTEXTSRESPONSE']._serialized_end=614
-  _globals['_SIMILARITYREQUEST']._serialized_start=616
-  _globals['_SIMILARITYREQUEST']._serialized_end=701
-  _globals['_SIMILARITYRESPONSE']._serialized_start=704
-  _globals['_SIMILARITYRESPONSE']._serialized_end=876
-  _globals['_SCOREPAIRSREQUEST']._serialized_start=878
-  _globals['_SCOREPAIRSREQUEST']._serialized_end=955
-  _globals['_IMAGETEXTPAIR']._serialized_start=957
-  _globals['_IMAGETEXTPAIR']._serialized_end=1021
-  _globals['_SCOREPAIRSRESPONSE']._serialized_start=1024
-  _globals['_SCOREPAIRSRESPONSE']._serialized_end=1196
-  _globals['_CLASSIFYREQUEST']._serialized_start=1198
-  _globals['_CLASSIFYREQUEST']._serialized_end=1310
-  _globals['_CLASSIFYRESPONSE']._serialized_start=1313
-  _globals['_CLASSIFYRESPONSE']._serialized_end=1522
-  _globals['_EMBEDSTREAMREQUEST']._serialized_start=1524
-  _globals['_EMBEDSTREAMREQUEST']._serialized_end=1632
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=1635
-  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=1778
-  _globals['_PROFILE']._serialized_start=1781
-  _globals['_PROFILE']._serialized_end=1953
-  _globals['_INFERENCESERVICE']._serialized_start=1956
-  _globals['_INFERENCESERVICE']._serialized_end=2452
+  _globals['_EMBEDIMAGESREQUEST']._serialized_end=230
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_start=233
+  _globals['_EMBEDIMAGESRESPONSE']._serialized_end=389
+  _globals['_EMBEDTEXTSREQUEST']._serialized_start=391
+  _globals['_EMBEDTEXTSREQUEST']._serialized_end=460
+  _globals['_EMBEDTEXTSRESPONSE']._serialized_start=463
+  _globals['_EMBEDTEXTSRESPONSE']._serialized_end=634
+  _globals['_SIMILARITYREQUEST']._serialized_start=636
+  _globals['_SIMILARITYREQUEST']._serialized_end=741
+  _globals['_SIMILARITYRESPONSE']._serialized_start=744
+  _globals['_SIMILARITYRESPONSE']._serialized_end=916
+  _globals['_SCOREPAIRSREQUEST']._serialized_start=918
+  _globals['_SCOREPAIRSREQUEST']._serialized_end=1015
+  _globals['_IMAGETEXTPAIR']._serialized_start=1017
+  _globals['_IMAGETEXTPAIR']._serialized_end=1081
+  _globals['_SCOREPAIRSRESPONSE']._serialized_start=1084
+  _globals['_SCOREPAIRSRESPONSE']._serialized_end=1256
+  _globals['_CLASSIFYREQUEST']._serialized_start=1259
+  _globals['_CLASSIFYREQUEST']._serialized_end=1391
+  _globals['_CLASSIFYRESPONSE']._serialized_start=1394
+  _globals['_CLASSIFYRESPONSE']._serialized_end=1603
+  _globals['_EMBEDSTREAMREQUEST']._serialized_start=1606
+  _globals['_EMBEDSTREAMREQUEST']._serialized_end=1734
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_start=1737
+  _globals['_EMBEDSTREAMRESPONSE']._serialized_end=1880
+  _globals['_PROFILE']._serialized_start=1883
+  _globals['_PROFILE']._serialized_end=2055
+  _globals['_INFERENCESERVICE']._serialized_start=2058
+  _globals['_INFERENCESERVICE']._serialized_end=2554
 # @@protoc_insertion_point(module_scope)

@@ -22,9 +22,14 @@ class EmbedImagesRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
     DIMENSIONS_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     model: builtins.str
     dimensions: builtins.int
     """The first so many of the embedding's numbers, for a model that was trained for it (Matryoshka). 0: all."""
+    resolution: builtins.str
+    """Size that images are brought to: a side in pixels ("160"), "HEIGHTxWIDTH", or "fast", "balanced" or "best" of
+    the sizes that the model was measured at (`Model.sizes`). Empty: the model's serving size.
+    """
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.tensor_pb2.Image]: ...
     def __init__(
@@ -33,8 +38,9 @@ class EmbedImagesRequest(google.protobuf.message.Message):
         model: builtins.str = ...,
         images: collections.abc.Iterable[cliptune.v1.tensor_pb2.Image] | None = ...,
         dimensions: builtins.int = ...,
+        resolution: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "images", b"images", "model", b"model"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["dimensions", b"dimensions", "images", b"images", "model", b"model", "resolution", b"resolution"]) -> None: ...
 
 global___EmbedImagesRequest = EmbedImagesRequest
 
@@ -133,7 +139,10 @@ class SimilarityRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
     TEXTS_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     model: builtins.str
+    resolution: builtins.str
+    """Size of the images: see `EmbedImagesRequest`."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.tensor_pb2.Image]: ...
     @property
@@ -144,8 +153,9 @@ class SimilarityRequest(google.protobuf.message.Message):
         model: builtins.str = ...,
         images: collections.abc.Iterable[cliptune.v1.tensor_pb2.Image] | None = ...,
         texts: collections.abc.Iterable[builtins.str] | None = ...,
+        resolution: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["images", b"images", "model", b"model", "texts", b"texts"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "model", b"model", "resolution", b"resolution", "texts", b"texts"]) -> None: ...
 
 global___SimilarityRequest = SimilarityRequest
 
@@ -189,7 +199,10 @@ class ScorePairsRequest(google.protobuf.message.Message):
 
     MODEL_FIELD_NUMBER: builtins.int
     PAIRS_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     model: builtins.str
+    resolution: builtins.str
+    """Size of the images: see `EmbedImagesRequest`."""
     @property
     def pairs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ImageTextPair]: ...
     def __init__(
@@ -197,8 +210,9 @@ class ScorePairsRequest(google.protobuf.message.Message):
         *,
         model: builtins.str = ...,
         pairs: collections.abc.Iterable[global___ImageTextPair] | None = ...,
+        resolution: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["model", b"model", "pairs", b"pairs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "pairs", b"pairs", "resolution", b"resolution"]) -> None: ...
 
 global___ScorePairsRequest = ScorePairsRequest
 
@@ -262,7 +276,10 @@ class ClassifyRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     IMAGES_FIELD_NUMBER: builtins.int
     CLASSES_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     model: builtins.str
+    resolution: builtins.str
+    """Size of the images: see `EmbedImagesRequest`."""
     @property
     def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[cliptune.v1.tensor_pb2.Image]: ...
     @property
@@ -275,8 +292,9 @@ class ClassifyRequest(google.protobuf.message.Message):
         model: builtins.str = ...,
         images: collections.abc.Iterable[cliptune.v1.tensor_pb2.Image] | None = ...,
         classes: collections.abc.Iterable[cliptune.v1.spec_pb2.ClassPrompts] | None = ...,
+        resolution: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["classes", b"classes", "images", b"images", "model", b"model"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["classes", b"classes", "images", b"images", "model", b"model", "resolution", b"resolution"]) -> None: ...
 
 global___ClassifyRequest = ClassifyRequest
 
@@ -330,10 +348,13 @@ class EmbedStreamRequest(google.protobuf.message.Message):
     MODEL_FIELD_NUMBER: builtins.int
     IMAGE_FIELD_NUMBER: builtins.int
     TEXT_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     id: builtins.str
     """Chosen by the client; comes back with the answer."""
     model: builtins.str
     text: builtins.str
+    resolution: builtins.str
+    """Size of the images: see `EmbedImagesRequest`."""
     @property
     def image(self) -> cliptune.v1.tensor_pb2.Image: ...
     def __init__(
@@ -343,9 +364,10 @@ class EmbedStreamRequest(google.protobuf.message.Message):
         model: builtins.str = ...,
         image: cliptune.v1.tensor_pb2.Image | None = ...,
         text: builtins.str = ...,
+        resolution: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["image", b"image", "item", b"item", "text", b"text"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["id", b"id", "image", b"image", "item", b"item", "model", b"model", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "image", b"image", "item", b"item", "model", b"model", "resolution", b"resolution", "text", b"text"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["item", b"item"]) -> typing.Literal["image", "text"] | None: ...
 
 global___EmbedStreamRequest = EmbedStreamRequest

@@ -380,6 +380,7 @@ class Progress(google.protobuf.message.Message):
     MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
     LOSS_SCALE_FIELD_NUMBER: builtins.int
     SKIPPED_STEPS_FIELD_NUMBER: builtins.int
+    IMAGE_SIZE_FIELD_NUMBER: builtins.int
     step: builtins.int
     """Optimiser steps done, from 1."""
     total_steps: builtins.int
@@ -401,6 +402,8 @@ class Progress(google.protobuf.message.Message):
     """What the loss is multiplied by before the backward pass with fp16; 0: not scaled."""
     skipped_steps: builtins.int
     """Steps so far that changed no weight, because a gradient was not finite."""
+    image_size: builtins.int
+    """Side of the step's images in pixels."""
     def __init__(
         self,
         *,
@@ -417,8 +420,9 @@ class Progress(google.protobuf.message.Message):
         micro_batch_size: builtins.int = ...,
         loss_scale: builtins.float = ...,
         skipped_steps: builtins.int = ...,
+        image_size: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "gradient_norm", b"gradient_norm", "learning_rate", b"learning_rate", "logit_scale", b"logit_scale", "loss", b"loss", "loss_scale", b"loss_scale", "micro_batch_size", b"micro_batch_size", "samples_per_second", b"samples_per_second", "skipped_steps", b"skipped_steps", "step", b"step", "total_steps", b"total_steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device_memory_bytes", b"device_memory_bytes", "epoch", b"epoch", "eta_seconds", b"eta_seconds", "gradient_norm", b"gradient_norm", "image_size", b"image_size", "learning_rate", b"learning_rate", "logit_scale", b"logit_scale", "loss", b"loss", "loss_scale", b"loss_scale", "micro_batch_size", b"micro_batch_size", "samples_per_second", b"samples_per_second", "skipped_steps", b"skipped_steps", "step", b"step", "total_steps", b"total_steps"]) -> None: ...
 
 global___Progress = Progress
 
@@ -471,6 +475,7 @@ class Evaluation(google.protobuf.message.Message):
     CONFUSION_FIELD_NUMBER: builtins.int
     MAIN_METRIC_FIELD_NUMBER: builtins.int
     PICTURES_FIELD_NUMBER: builtins.int
+    SWEEP_FIELD_NUMBER: builtins.int
     step: builtins.int
     occasion: builtins.str
     """"before", "during", "after" or "requested"."""
@@ -495,6 +500,10 @@ class Evaluation(google.protobuf.message.Message):
     def pictures(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Pictures in the job's folder, such as "pictures/confusion-00000120.png"."""
 
+    @property
+    def sweep(self) -> global___ResolutionSweep:
+        """The model over image sizes, where that was asked for."""
+
     def __init__(
         self,
         *,
@@ -507,10 +516,125 @@ class Evaluation(google.protobuf.message.Message):
         confusion: collections.abc.Iterable[builtins.int] | None = ...,
         main_metric: builtins.str = ...,
         pictures: collections.abc.Iterable[builtins.str] | None = ...,
+        sweep: global___ResolutionSweep | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["classes", b"classes", "confusion", b"confusion", "intervals", b"intervals", "main_metric", b"main_metric", "metrics", b"metrics", "occasion", b"occasion", "pictures", b"pictures", "samples", b"samples", "step", b"step"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["sweep", b"sweep"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["classes", b"classes", "confusion", b"confusion", "intervals", b"intervals", "main_metric", b"main_metric", "metrics", b"metrics", "occasion", b"occasion", "pictures", b"pictures", "samples", b"samples", "step", b"step", "sweep", b"sweep"]) -> None: ...
 
 global___Evaluation = Evaluation
+
+@typing.final
+class ResolutionSweep(google.protobuf.message.Message):
+    """One model measured at several image sizes."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class DegradationsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    SIZES_FIELD_NUMBER: builtins.int
+    AREA_UNDER_CURVE_FIELD_NUMBER: builtins.int
+    WORST_SIZE_FIELD_NUMBER: builtins.int
+    BEST_SIZE_FIELD_NUMBER: builtins.int
+    LATENCY_BUDGET_MS_FIELD_NUMBER: builtins.int
+    DEGRADATIONS_FIELD_NUMBER: builtins.int
+    area_under_curve: builtins.float
+    """Mean height of the main metric's curve over the sizes, by trapezoids."""
+    worst_size: builtins.int
+    """Side of the size with the lowest main metric."""
+    best_size: builtins.int
+    """Side of the size with the best main metric within the latency budget; without one, of all. 0: none keeps to it."""
+    latency_budget_ms: builtins.float
+    """0: none was given."""
+    @property
+    def sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SizeResult]:
+        """By size, the smallest first."""
+
+    @property
+    def degradations(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """The main metric at the target size with degraded images: "blur_1px", "blur_2px", "resampled_2x", "resampled_4x"."""
+
+    def __init__(
+        self,
+        *,
+        sizes: collections.abc.Iterable[global___SizeResult] | None = ...,
+        area_under_curve: builtins.float = ...,
+        worst_size: builtins.int = ...,
+        best_size: builtins.int = ...,
+        latency_budget_ms: builtins.float = ...,
+        degradations: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["area_under_curve", b"area_under_curve", "best_size", b"best_size", "degradations", b"degradations", "latency_budget_ms", b"latency_budget_ms", "sizes", b"sizes", "worst_size", b"worst_size"]) -> None: ...
+
+global___ResolutionSweep = ResolutionSweep
+
+@typing.final
+class SizeResult(google.protobuf.message.Message):
+    """A model at one image size."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MetricsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    METRICS_FIELD_NUMBER: builtins.int
+    IMAGES_PER_SECOND_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    LATENCY_MS_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    width: builtins.int
+    images_per_second: builtins.float
+    """Through the image tower, in batches of `batch_size`."""
+    batch_size: builtins.int
+    latency_ms: builtins.float
+    """One image through the image tower."""
+    memory_bytes: builtins.int
+    """Weights, and the tensors of such a batch at their peak."""
+    @property
+    def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]: ...
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        images_per_second: builtins.float = ...,
+        batch_size: builtins.int = ...,
+        latency_ms: builtins.float = ...,
+        memory_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "height", b"height", "images_per_second", b"images_per_second", "latency_ms", b"latency_ms", "memory_bytes", b"memory_bytes", "metrics", b"metrics", "width", b"width"]) -> None: ...
+
+global___SizeResult = SizeResult
 
 @typing.final
 class Interval(google.protobuf.message.Message):

@@ -66,6 +66,8 @@ class Model(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     SIMILARITY_FIELD_NUMBER: builtins.int
     SIMILARITY_PARAMETERS_FIELD_NUMBER: builtins.int
+    SIZES_FIELD_NUMBER: builtins.int
+    SERVING_SIZE_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     loaded: builtins.bool
@@ -84,6 +86,8 @@ class Model(google.protobuf.message.Message):
     """The engine's device that serves it. Empty: not loaded."""
     similarity: builtins.str
     """How alike embeddings are: "cosine", ..., or what finds a user's own."""
+    serving_size: builtins.int
+    """Side of images, in pixels, where a request asks for none."""
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     @property
@@ -95,6 +99,10 @@ class Model(google.protobuf.message.Message):
     @property
     def similarity_parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """What it computes with, given or learned, such as "curvature"."""
+
+    @property
+    def sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProvenSize]:
+        """Image sizes that it was measured at after training, the smallest first. A request may ask for any of them."""
 
     def __init__(
         self,
@@ -114,11 +122,46 @@ class Model(google.protobuf.message.Message):
         device: builtins.str = ...,
         similarity: builtins.str = ...,
         similarity_parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        sizes: collections.abc.Iterable[global___ProvenSize] | None = ...,
+        serving_size: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["created", b"created"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "serving_size", b"serving_size", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "sizes", b"sizes", "version", b"version"]) -> None: ...
 
 global___Model = Model
+
+@typing.final
+class ProvenSize(google.protobuf.message.Message):
+    """An image size that a model was measured at."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HEIGHT_FIELD_NUMBER: builtins.int
+    WIDTH_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    IMAGES_PER_SECOND_FIELD_NUMBER: builtins.int
+    LATENCY_MS_FIELD_NUMBER: builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: builtins.int
+    height: builtins.int
+    width: builtins.int
+    value: builtins.float
+    """The main metric at this size."""
+    images_per_second: builtins.float
+    latency_ms: builtins.float
+    memory_bytes: builtins.int
+    def __init__(
+        self,
+        *,
+        height: builtins.int = ...,
+        width: builtins.int = ...,
+        value: builtins.float = ...,
+        images_per_second: builtins.float = ...,
+        latency_ms: builtins.float = ...,
+        memory_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["height", b"height", "images_per_second", b"images_per_second", "latency_ms", b"latency_ms", "memory_bytes", b"memory_bytes", "value", b"value", "width", b"width"]) -> None: ...
+
+global___ProvenSize = ProvenSize
 
 @typing.final
 class ListModelsRequest(google.protobuf.message.Message):

@@ -106,6 +106,7 @@ class ModelSpec(google.protobuf.message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: builtins.int
     SIMILARITY_FIELD_NUMBER: builtins.int
     SIMILARITY_PARAMETERS_FIELD_NUMBER: builtins.int
+    PATCH_SIZE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """An open_clip architecture ("ViT-B-32"), "hf-hub:ORG/REPO", "local-dir:PATH", a configuration shipped with
     cliptune ("cliptune-tiny-vit"), or a published model ("registry:NAME", "registry:NAME@ALIAS",
@@ -122,6 +123,10 @@ class ModelSpec(google.protobuf.message.Message):
     (MERU), or a user's own. Loss, evaluation and serving use the same one. Default: the model's own, which is
     "cosine" unless its manifest says otherwise.
     """
+    patch_size: builtins.int
+    """Another side of a patch, in pixels, for towers that are open_clip's own ViTs: weights are resized by
+    pseudo-inverse (Beyer et al. 2023). Smaller patches: more of them, slower and finer. Default: the model's own.
+    """
     @property
     def similarity_parameters(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """By name, such as {"curvature": 1.0}."""
@@ -134,10 +139,14 @@ class ModelSpec(google.protobuf.message.Message):
         context_length: builtins.int | None = ...,
         similarity: builtins.str = ...,
         similarity_parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        patch_size: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_context_length", b"_context_length", "context_length", b"context_length", "name", b"name", "pretrained", b"pretrained", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_context_length", b"_context_length", "_patch_size", b"_patch_size", "context_length", b"context_length", "patch_size", b"patch_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_context_length", b"_context_length", "_patch_size", b"_patch_size", "context_length", b"context_length", "name", b"name", "patch_size", b"patch_size", "pretrained", b"pretrained", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_context_length", b"_context_length"]) -> typing.Literal["context_length"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_patch_size", b"_patch_size"]) -> typing.Literal["patch_size"] | None: ...
 
 global___ModelSpec = ModelSpec
 
@@ -351,6 +360,7 @@ class TrainSpec(google.protobuf.message.Message):
     CHECKPOINTING_FIELD_NUMBER: builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
     COMPILE_FIELD_NUMBER: builtins.int
+    RESOLUTION_FIELD_NUMBER: builtins.int
     epochs: builtins.int
     """Passes over the training rows. Default 5."""
     max_steps: builtins.int
@@ -387,6 +397,10 @@ class TrainSpec(google.protobuf.message.Message):
     """Pairs that go through the towers at once. Default: as many as fit."""
     compile: builtins.str
     """Compile the towers: "auto", "on" or "off". Default "auto"."""
+    @property
+    def resolution(self) -> global___ResolutionSpec:
+        """How large images are over the course of training. Unset: the model's own size."""
+
     def __init__(
         self,
         *,
@@ -405,9 +419,10 @@ class TrainSpec(google.protobuf.message.Message):
         checkpointing: builtins.str = ...,
         micro_batch_size: builtins.int | None = ...,
         compile: builtins.str = ...,
+        resolution: global___ResolutionSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "progress_every_steps", b"progress_every_steps", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "attention", b"attention", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "clip_norm", b"clip_norm", "compile", b"compile", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "precision", b"precision", "progress_every_steps", b"progress_every_steps", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "attention", b"attention", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "clip_norm", b"clip_norm", "compile", b"compile", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "precision", b"precision", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -430,6 +445,67 @@ class TrainSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_weight_decay", b"_weight_decay"]) -> typing.Literal["weight_decay"] | None: ...
 
 global___TrainSpec = TrainSpec
+
+@typing.final
+class ResolutionSpec(google.protobuf.message.Message):
+    """Sizes of training images. One size a step; the contrastive batch stays whole at every size."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    SIZES_FIELD_NUMBER: builtins.int
+    TAIL_FRACTION_FIELD_NUMBER: builtins.int
+    FINISH_FRACTION_FIELD_NUMBER: builtins.int
+    FINISH_SIZE_FIELD_NUMBER: builtins.int
+    FIRST_AUGMENTATION_FIELD_NUMBER: builtins.int
+    EXACT_FIELD_NUMBER: builtins.int
+    schedule: builtins.str
+    """"fixed"; "progressive": from the first of `sizes` to the last, which takes `tail_fraction` of the steps;
+    "multi_scale": one of `sizes`, drawn anew for each step. Default "fixed".
+    """
+    tail_fraction: builtins.float
+    """Of progressive: share of the steps at the last size. Default 0.2."""
+    finish_fraction: builtins.float
+    """FixRes (Touvron et al. 2019): share of the steps, the last ones, with mild crops at the target size, or at
+    `finish_size`. Default 0.
+    """
+    finish_size: builtins.int
+    first_augmentation: builtins.float
+    """Of the random changes to images, the share that is made at the first size; it grows to all of them at the last.
+    Of progressive alone. Default 0.5.
+    """
+    exact: builtins.bool
+    """Refuse a size that is no multiple of the model's patch. Default: it is rounded, with a notice."""
+    @property
+    def sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Sides of square images in pixels, rising; the last is the target, which the model is evaluated and served at.
+        Default: the model's own size; progressive: a half and three quarters of it before; multi_scale: from a half to
+        one and a half of it.
+        """
+
+    def __init__(
+        self,
+        *,
+        schedule: builtins.str = ...,
+        sizes: collections.abc.Iterable[builtins.int] | None = ...,
+        tail_fraction: builtins.float | None = ...,
+        finish_fraction: builtins.float | None = ...,
+        finish_size: builtins.int | None = ...,
+        first_augmentation: builtins.float | None = ...,
+        exact: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_finish_fraction", b"_finish_fraction", "_finish_size", b"_finish_size", "_first_augmentation", b"_first_augmentation", "_tail_fraction", b"_tail_fraction", "finish_fraction", b"finish_fraction", "finish_size", b"finish_size", "first_augmentation", b"first_augmentation", "tail_fraction", b"tail_fraction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_finish_fraction", b"_finish_fraction", "_finish_size", b"_finish_size", "_first_augmentation", b"_first_augmentation", "_tail_fraction", b"_tail_fraction", "exact", b"exact", "finish_fraction", b"finish_fraction", "finish_size", b"finish_size", "first_augmentation", b"first_augmentation", "schedule", b"schedule", "sizes", b"sizes", "tail_fraction", b"tail_fraction"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_finish_fraction", b"_finish_fraction"]) -> typing.Literal["finish_fraction"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_finish_size", b"_finish_size"]) -> typing.Literal["finish_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_first_augmentation", b"_first_augmentation"]) -> typing.Literal["first_augmentation"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tail_fraction", b"_tail_fraction"]) -> typing.Literal["tail_fraction"] | None: ...
+
+global___ResolutionSpec = ResolutionSpec
 
 @typing.final
 class LossSpec(google.protobuf.message.Message):
@@ -617,6 +693,9 @@ class EvaluationSpec(google.protobuf.message.Message):
     LABEL_NAMES_FIELD_NUMBER: builtins.int
     MAIN_METRIC_FIELD_NUMBER: builtins.int
     BOOTSTRAP_SAMPLES_FIELD_NUMBER: builtins.int
+    RESOLUTIONS_FIELD_NUMBER: builtins.int
+    LATENCY_BUDGET_MS_FIELD_NUMBER: builtins.int
+    DEGRADATIONS_FIELD_NUMBER: builtins.int
     every_epochs: builtins.int
     """Evaluate every so many epochs; 0: only before and after. Default 1."""
     batch_size: builtins.int
@@ -627,6 +706,10 @@ class EvaluationSpec(google.protobuf.message.Message):
     """
     bootstrap_samples: builtins.int
     """Resamples behind an interval; 0: no intervals. Default 1000, after training only."""
+    latency_budget_ms: builtins.float
+    """What one image may take. The sweep tells the best size within it. Default: none."""
+    degradations: builtins.bool
+    """Measure also under blur and lost detail, as of another sensor. Default: with a sweep."""
     @property
     def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClassPrompts]:
         """Classes with prompts. Empty: the labels found in the data in "a photo of a {label}"."""
@@ -639,6 +722,12 @@ class EvaluationSpec(google.protobuf.message.Message):
     def label_names(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """Names for labels in prompts: {"bcc": "basal cell carcinoma"}."""
 
+    @property
+    def resolutions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Sides of images, in pixels, that the trained model is measured at: metric, speed and memory of each. Default: the
+        sizes that it was trained at, if these are several.
+        """
+
     def __init__(
         self,
         *,
@@ -649,15 +738,22 @@ class EvaluationSpec(google.protobuf.message.Message):
         label_names: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
         main_metric: builtins.str = ...,
         bootstrap_samples: builtins.int | None = ...,
+        resolutions: collections.abc.Iterable[builtins.int] | None = ...,
+        latency_budget_ms: builtins.float | None = ...,
+        degradations: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "every_epochs", b"every_epochs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_every_epochs", b"_every_epochs", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "classes", b"classes", "every_epochs", b"every_epochs", "label_names", b"label_names", "main_metric", b"main_metric", "prompt_templates", b"prompt_templates"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_degradations", b"_degradations", "_every_epochs", b"_every_epochs", "_latency_budget_ms", b"_latency_budget_ms", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "degradations", b"degradations", "every_epochs", b"every_epochs", "latency_budget_ms", b"latency_budget_ms"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_bootstrap_samples", b"_bootstrap_samples", "_degradations", b"_degradations", "_every_epochs", b"_every_epochs", "_latency_budget_ms", b"_latency_budget_ms", "batch_size", b"batch_size", "bootstrap_samples", b"bootstrap_samples", "classes", b"classes", "degradations", b"degradations", "every_epochs", b"every_epochs", "label_names", b"label_names", "latency_budget_ms", b"latency_budget_ms", "main_metric", b"main_metric", "prompt_templates", b"prompt_templates", "resolutions", b"resolutions"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_bootstrap_samples", b"_bootstrap_samples"]) -> typing.Literal["bootstrap_samples"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_degradations", b"_degradations"]) -> typing.Literal["degradations"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_every_epochs", b"_every_epochs"]) -> typing.Literal["every_epochs"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_latency_budget_ms", b"_latency_budget_ms"]) -> typing.Literal["latency_budget_ms"] | None: ...
 
 global___EvaluationSpec = EvaluationSpec
 
