@@ -87,6 +87,19 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         " several (default: none)",
     )
     parser.add_argument(
+        "--image-host",
+        dest="image_hosts",
+        action="append",
+        metavar="HOST",
+        help="host that /v1/embeddings may fetch images from, such as images.example.com or *.example.com;"
+        " repeat for several (default: none)",
+    )
+    parser.add_argument(
+        "--private-image-hosts",
+        action="store_true",
+        help="--image-host may have an address that is not public, and any port",
+    )
+    parser.add_argument(
         "--default-model",
         default="cliptune-mini",
         metavar="NAME",
@@ -130,6 +143,8 @@ def _run(arguments: argparse.Namespace) -> int:
         data_roots=tuple(arguments.data_roots or (Path.cwd(),)),
         code_folders=tuple(arguments.code_folders or ()),
         datasets=DatasetsConfig(quota_bytes=arguments.data_quota_bytes),
+        image_hosts=tuple(arguments.image_hosts or ()),
+        private_image_hosts=arguments.private_image_hosts,
         default_model="" if arguments.default_model == "none" else arguments.default_model,
         grace_s=arguments.grace_s,
         log_level=arguments.log_level,

@@ -108,6 +108,10 @@ class ServerConfig:
     code_folders: tuple[Path, ...] = ()
     """Folders whose Python files jobs may name as a loss or a similarity: whoever may write there runs code
     as this daemon's user."""
+    image_hosts: tuple[str, ...] = ()
+    """Hosts that images may be fetched from by their address: "images.example.com", "*.example.com"."""
+    private_image_hosts: bool = False
+    """They may have addresses that are not public."""
     grace_s: float = 30.0
     """Time that a stop gives to calls in flight and to trainers that checkpoint."""
     default_model: str = DEFAULT_MODEL

@@ -31,6 +31,7 @@ from cliptune_server.datasets.datasets import Datasets
 from cliptune_server.datasets.stored import StoredDatasets
 from cliptune_server.gateway.app import build_app
 from cliptune_server.gateway.context import GatewayContext
+from cliptune_server.gateway.image_urls import ImageUrls, UrlRules
 from cliptune_server.home import Home
 from cliptune_server.http_server import HttpServer
 from cliptune_server.inference.engine_process import EngineConfig
@@ -38,10 +39,12 @@ from cliptune_server.inference.engines import EngineState, EngineSupervisor
 from cliptune_server.inference.router import Router
 from cliptune_server.inference.yielding import Yielding
 from cliptune_server.metrics import Metrics
+from cliptune_server.open_inference.inference import OpenInference
 from cliptune_server.readiness import Part, Readiness
 from cliptune_server.rpc.data import DataServicer
 from cliptune_server.rpc.inference import InferenceServicer
 from cliptune_server.rpc.models import ModelServicer
+from cliptune_server.rpc.open_inference import OpenInferenceServicer
 from cliptune_server.rpc.server import RpcServer
 from cliptune_server.rpc.training import TrainingServicer
 from cliptune_server.training.jobs import Jobs
@@ -136,9 +139,11 @@ class Daemon:
                 )
                 await stack.enter_async_context(_in_background(yielding.run(), "yielding"))
 
+            open_inference = OpenInference(router=router, models=models, readiness=readiness)
             rpc.add(
                 training=TrainingServicer(jobs),
                 inference=InferenceServicer(router),
+                open_inference=OpenInferenceServicer(open_inference),
                 models=ModelServicer(models),
                 data=DataServicer(datasets),
             )
@@ -146,11 +151,15 @@ class Daemon:
                 GatewayContext(
                     jobs=jobs,
                     router=router,
+                    open_inference=open_inference,
                     models=models,
                     datasets=datasets,
                     engines=engines,
                     readiness=readiness,
                     metrics=self._metrics,
+                    image_urls=ImageUrls(
+                        UrlRules(hosts=config.image_hosts, private=config.private_image_hosts)
+                    ),
                     max_body_bytes=config.limits.message_bytes,
                 )
             )

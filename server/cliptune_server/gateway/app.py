@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import HTMLResponse
 
 from cliptune.errors import CliptuneError
-from cliptune_server.gateway import datasets, health, inference, jobs, models, uploads
+from cliptune_server.gateway import datasets, health, inference, jobs, models, open_inference, uploads
 from cliptune_server.gateway.context import GatewayContext
 from cliptune_server.gateway.docs_page import docs_page
 from cliptune_server.gateway.middleware import BodyLimit, Surroundings
@@ -63,7 +63,7 @@ def build_app(context: GatewayContext) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "operation_spans": False},
     )
     app.state.context = context
-    for room in (inference, jobs, models, datasets, uploads, health):
+    for room in (inference, open_inference, jobs, models, datasets, uploads, health):
         app.include_router(room.router)
     app.openapi = openapi_of(app)  # type: ignore[method-assign]
 

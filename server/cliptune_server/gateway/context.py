@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from starlette.requests import Request
 
 from cliptune.errors import InvalidInputError
+from cliptune_server.gateway.image_urls import ImageUrls, UrlRules
 from cliptune_server.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cliptune_server.datasets.datasets import Datasets
     from cliptune_server.inference.engines import EngineSupervisor
     from cliptune_server.inference.router import Router
+    from cliptune_server.open_inference.inference import OpenInference
     from cliptune_server.readiness import Readiness
     from cliptune_server.training.jobs import Jobs
 
@@ -28,6 +30,7 @@ class GatewayContext:
 
     jobs: Jobs
     router: Router
+    open_inference: OpenInference
     models: Models
     datasets: Datasets
     engines: EngineSupervisor
@@ -35,6 +38,8 @@ class GatewayContext:
     readiness: Readiness
     metrics: Metrics
     """Told of each request."""
+    image_urls: ImageUrls = field(default_factory=lambda: ImageUrls(UrlRules()))
+    """Fetches images by their address, where that is allowed."""
     max_body_bytes: int = 256 * 1024 * 1024
     """A longer body is refused before it is read."""
     heartbeat_s: float = 15.0

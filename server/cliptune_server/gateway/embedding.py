@@ -6,11 +6,12 @@ as the two calls that the contract has; what came back is laid out by the inputs
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from cliptune.errors import (
+    CliptuneError,
     ImageDecodeError,
     ImageSizeError,
     InvalidInputError,
@@ -20,6 +21,7 @@ from cliptune.errors import (
 )
 from cliptune.v1 import error_pb2, inference_pb2, tensor_pb2
 from cliptune_server.gateway import forms
+from cliptune_server.gateway.image_urls import ImageUrls, fetch_all, is_url
 from cliptune_server.gateway.messages import json_form
 
 if TYPE_CHECKING:
@@ -31,28 +33,59 @@ _Answer = inference_pb2.EmbedImagesResponse | inference_pb2.EmbedTextsResponse
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """Images and texts, each with its place in the request."""
+    """Images, texts and addresses of images, each with its place in the request."""
 
     images: Sequence[tuple[int, tensor_pb2.Image]]
-    texts: Sequence[tuple[int, str]]
+    texts: Sequence[tuple[int, str]] = ()
+    links: Sequence[tuple[int, str]] = ()
+    failed: Mapping[int, CliptuneError] = field(default_factory=dict)
+    """Images that were not there."""
 
     @classmethod
-    def parse(cls, given: forms.Inputs) -> Inputs:
-        """Of a request's `input`. InvalidInputError for an empty list."""
+    def parse(cls, given: forms.Inputs, modality: str | None = None) -> Inputs:
+        """Of a request's `input`. InvalidInputError for an empty list.
+
+        `modality`: what plain strings are; None: images where they are data URLs of images.
+        """
         items = given if isinstance(given, list) else [given]
         if not items:
             raise InvalidInputError("input is empty", path="input")
         images: list[tuple[int, tensor_pb2.Image]] = []
         texts: list[tuple[int, str]] = []
+        links: list[tuple[int, str]] = []
         for place, item in enumerate(items):
+            if isinstance(item, forms.TextInput):
+                texts.append((place, item.text))
+                continue
             if isinstance(item, forms.ImageInput):
-                images.append((place, forms.image_message(item.image, f"input[{place}].image")))
+                image, where = item.image, f"input[{place}].image"
+            elif modality == "image" or (modality is None and forms.is_data_url(item)):
+                image, where = item, f"input[{place}]"
             else:
-                texts.append((place, item.text if isinstance(item, forms.TextInput) else item))
-        return cls(images=images, texts=texts)
+                texts.append((place, item))
+                continue
+            if isinstance(image, str) and is_url(image):
+                links.append((place, image))
+            else:
+                images.append((place, forms.image_message(image, where)))
+        return cls(images=images, texts=texts, links=links)
+
+    async def fetched(self, urls: ImageUrls) -> Inputs:
+        """With the images behind the addresses. InvalidInputError where one may not be fetched."""
+        if not self.links:
+            return self
+        images, failed = list(self.images), dict(self.failed)
+        for (place, _), found in zip(self.links, await fetch_all(urls, self.links), strict=True):
+            if isinstance(found, bytes):
+                images.append((place, tensor_pb2.Image(encoded=found)))
+            else:
+                failed[place] = found
+        if failed and len(self) == 1:
+            raise failed[0]
+        return replace(self, images=sorted(images, key=lambda each: each[0]), links=(), failed=failed)
 
     def __len__(self) -> int:
-        return len(self.images) + len(self.texts)
+        return len(self.images) + len(self.texts) + len(self.links) + len(self.failed)
 
 
 async def embed(
@@ -63,12 +96,16 @@ async def embed(
     *,
     dimensions: int | None = None,
     timeout_s: float | None = None,
+    bulk: bool = False,
 ) -> dict[str, Any]:
     """The answer in the form of an EmbeddingsAnswer. Fails as a whole with what the router raises."""
     alone = len(inputs) == 1
     rows: list[list[float] | str | None] = [None] * len(inputs)
-    errors: list[error_pb2.ItemError] = []
-    version = ""
+    errors = [
+        error_pb2.ItemError(field="input", index=place, error=to_detail(error))
+        for place, error in inputs.failed.items()
+    ]
+    version, tokens = "", 0
 
     async def run(places: Sequence[int], call: Awaitable[_Answer]) -> str:
         try:
@@ -78,11 +115,9 @@ async def embed(
                 raise
             errors.append(error_pb2.ItemError(field="input", index=places[0], error=to_detail(error)))
             return ""
-        size = answer.embeddings.shape[-1]
-        if dimensions not in (None, size):
-            raise InvalidInputError(
-                f"dimensions is {dimensions}; {answer.model} has {size}", path="dimensions"
-            )
+        nonlocal tokens
+        if isinstance(answer, inference_pb2.EmbedTextsResponse):
+            tokens += answer.tokens
         for place, values in zip(places, forms.embedding_values(answer.embeddings, encoding), strict=True):
             rows[place] = values
         for item in answer.errors:
@@ -90,16 +125,19 @@ async def embed(
         return answer.model
 
     if inputs.images:
-        images = inference_pb2.EmbedImagesRequest(model=model, images=[image for _, image in inputs.images])
-        version = await run([place for place, _ in inputs.images], router.embed_images(images, timeout_s))
+        images = inference_pb2.EmbedImagesRequest(
+            model=model, images=[image for _, image in inputs.images], dimensions=dimensions or 0
+        )
+        version = await run(
+            [place for place, _ in inputs.images], router.embed_images(images, timeout_s, bulk=bulk)
+        )
     if inputs.texts:
         # The same version for both, also while an alias moves.
         texts = inference_pb2.EmbedTextsRequest(
-            model=version or model, texts=[text for _, text in inputs.texts]
+            model=version or model, texts=[text for _, text in inputs.texts], dimensions=dimensions or 0
         )
-        version = (
-            await run([place for place, _ in inputs.texts], router.embed_texts(texts, timeout_s)) or version
-        )
+        places = [place for place, _ in inputs.texts]
+        version = await run(places, router.embed_texts(texts, timeout_s, bulk=bulk)) or version
     return {
         "object": "list",
         "model": version or model,
@@ -107,10 +145,10 @@ async def embed(
             {"object": "embedding", "index": place, "embedding": values} for place, values in enumerate(rows)
         ],
         "usage": {
-            "prompt_tokens": 0,
-            "total_tokens": 0,
+            "prompt_tokens": tokens,
+            "total_tokens": tokens,
             "texts": len(inputs.texts),
-            "images": len(inputs.images),
+            "images": len(inputs) - len(inputs.texts),
         },
         "errors": [json_form(error) for error in sorted(errors, key=lambda error: error.index)],
     }

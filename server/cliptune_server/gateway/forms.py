@@ -122,7 +122,15 @@ class EmbeddingsBody(BaseModel):
     model: ModelField = ""
     input: Inputs
     encoding_format: Encoding = "float"
-    dimensions: int | None = Field(default=None, description="Only the model's own size.")
+    dimensions: int | None = Field(
+        default=None,
+        ge=1,
+        description="Fewer numbers an embedding, for a model that was trained for it; or its own size.",
+    )
+    modality: Literal["text", "image"] | None = Field(
+        default=None,
+        description="What plain strings are. Left out: images where they are data URLs of one, else texts.",
+    )
 
 
 class SimilarityBody(Strict):
@@ -183,7 +191,7 @@ class EmbeddingCard(BaseModel):
 
 
 class Usage(BaseModel):
-    """OpenAI's counters. Tokens are not counted (0); what was embedded is."""
+    """OpenAI's counters: tokens of the texts, those of start and end included; images have none."""
 
     prompt_tokens: int
     total_tokens: int
@@ -269,6 +277,11 @@ def class_messages(classes: Iterable[str | ClassBody]) -> list[spec_pb2.ClassPro
     """Classes as the contract has them."""
     named = (ClassBody(label=each) if isinstance(each, str) else each for each in classes)
     return [spec_pb2.ClassPrompts(label=each.label, prompts=each.prompts) for each in named]
+
+
+def is_data_url(text: str) -> bool:
+    """Whether a string is an image in the form of a data URL."""
+    return text[:11].lower() == "data:image/"
 
 
 def unwrap(text: str, place: str) -> bytes:

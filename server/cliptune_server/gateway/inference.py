@@ -17,7 +17,7 @@ from cliptune_server.gateway import forms
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.embedding import Inputs, embed
 from cliptune_server.gateway.messages import json_form
-from cliptune_server.gateway.middleware import timeout_of
+from cliptune_server.gateway.middleware import bulk_of, timeout_of
 from cliptune_server.gateway.problems import invalid, problems
 
 router = APIRouter(prefix="/v1", tags=["inference"])
@@ -36,17 +36,20 @@ _CLASSES: Final = TypeAdapter(list[forms.ClassField])
 async def create_embeddings(request: Request, body: forms.EmbeddingsBody) -> Response:
     """OpenAI's embeddings call; an input may also be an image: `{"image": "<base64 or data URL>"}`.
 
+    A plain string is a text, or an image if it is a data URL of one; with `modality: image` every string is.
     In a request of several inputs each fails alone: its `embedding` is null and `errors` says why.
     """
-    inputs = Inputs.parse(body.input)
+    context = context_of(request)
+    inputs = await Inputs.parse(body.input, body.modality).fetched(context.image_urls)
     return JSONResponse(
         await embed(
-            context_of(request).router,
+            context.router,
             body.model,
             inputs,
             body.encoding_format,
             dimensions=body.dimensions,
             timeout_s=timeout_of(request),
+            bulk=bulk_of(request),
         )
     )
 
@@ -65,9 +68,16 @@ async def embed_images(
 ) -> Response:
     """The same answer as /v1/embeddings, for files: `curl -F images=@a.jpg -F images=@b.jpg`."""
     read = [tensor_pb2.Image(encoded=await upload.read()) for upload in images]
-    inputs = Inputs(images=tuple(enumerate(read)), texts=())
+    inputs = Inputs(images=tuple(enumerate(read)))
     return JSONResponse(
-        await embed(context_of(request).router, model, inputs, encoding_format, timeout_s=timeout_of(request))
+        await embed(
+            context_of(request).router,
+            model,
+            inputs,
+            encoding_format,
+            timeout_s=timeout_of(request),
+            bulk=bulk_of(request),
+        )
     )
 
 
@@ -82,7 +92,7 @@ async def similarity(request: Request, body: forms.SimilarityBody) -> Response:
     wanted = inference_pb2.SimilarityRequest(
         model=body.model, images=forms.image_messages(body.images), texts=body.texts
     )
-    answer = await context_of(request).router.similarity(wanted, timeout_of(request))
+    answer = await context_of(request).router.similarity(wanted, timeout_of(request), bulk=bulk_of(request))
     return JSONResponse(
         {
             "model": answer.model,
@@ -108,7 +118,7 @@ async def score_pairs(request: Request, body: forms.ScorePairsBody) -> Response:
         for i, pair in enumerate(body.pairs)
     ]
     wanted = inference_pb2.ScorePairsRequest(model=body.model, pairs=pairs)
-    answer = await context_of(request).router.score_pairs(wanted, timeout_of(request))
+    answer = await context_of(request).router.score_pairs(wanted, timeout_of(request), bulk=bulk_of(request))
     return JSONResponse(
         {
             "model": answer.model,
@@ -160,7 +170,7 @@ async def classify(request: Request) -> Response:
     """
     multipart = request.headers.get("content-type", "").lower().startswith(_MULTIPART)
     wanted = await (_classify_form(request) if multipart else _classify_json(request))
-    answer = await context_of(request).router.classify(wanted, timeout_of(request))
+    answer = await context_of(request).router.classify(wanted, timeout_of(request), bulk=bulk_of(request))
     return JSONResponse(
         {
             "model": answer.model,

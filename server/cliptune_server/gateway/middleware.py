@@ -14,7 +14,7 @@ from opentelemetry import trace
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cliptune import tracing
+from cliptune import priority, tracing
 from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError, RequestTooLargeError
 from cliptune_server.gateway.problems import problem_response, unexpected
 from cliptune_server.metrics import Metrics
@@ -31,6 +31,12 @@ def timeout_of(request: Request) -> float | None:
     """The seconds that this request's caller gave; None: no limit."""
     limit_s: float | None = request.scope.get(_TIMEOUT_KEY)
     return limit_s
+
+
+def bulk_of(request: Request) -> bool:
+    """Whether this request's caller lets others go first. InvalidInputError for an unknown priority."""
+    said = request.headers.get(priority.HEADER)
+    return said is not None and priority.check(said)
 
 
 class Surroundings:

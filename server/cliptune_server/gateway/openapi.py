@@ -12,6 +12,7 @@ from typing import Any, Final
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from cliptune.priority import HEADER
 from cliptune.wire import PROBLEM_MEDIA_TYPE
 from cliptune_server.gateway.forms import ClassifyBody
 from cliptune_server.gateway.messages import MESSAGE_KEY, schemas
@@ -20,6 +21,7 @@ from cliptune_server.gateway.middleware import TIMEOUT_HEADER
 MODEL_KEY: Final = "x-model"
 TAGS: Final = [
     {"name": "inference", "description": "Embeddings and what follows from them, batched across callers."},
+    {"name": "open inference", "description": "The Open Inference Protocol, version 2."},
     {"name": "jobs", "description": "Fine-tuning jobs: create, watch, control."},
     {"name": "models", "description": "Published models: immutable versions under a name, movable aliases."},
     {"name": "data", "description": "Data sets that lie with the daemon, and uploads of them."},
@@ -36,6 +38,13 @@ _TIMEOUT: Final = {
     "required": False,
     "description": "Seconds within which the answer must begin; 504 otherwise.",
     "schema": {"type": "number", "exclusiveMinimum": 0},
+}
+_PRIORITY: Final = {
+    "name": HEADER,
+    "in": "header",
+    "required": False,
+    "description": "`bulk`: whatever is interactive goes first.",
+    "schema": {"type": "string", "enum": ["interactive", "bulk"], "default": "interactive"},
 }
 
 
@@ -86,6 +95,8 @@ def _complete_operation(path: str, operation: dict[str, Any]) -> None:
     responses["default"] = _PROBLEM
     if path.startswith("/v1/"):
         operation.setdefault("parameters", []).append(_TIMEOUT)
+        if "inference" in operation["tags"]:
+            operation["parameters"].append(_PRIORITY)
 
 
 def _resolve(node: Any) -> Any:

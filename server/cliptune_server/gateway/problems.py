@@ -31,6 +31,9 @@ from cliptune.errors import (
 from cliptune.wire import PROBLEM_MEDIA_TYPE, problem
 
 _MAX_SHOWN: Final = 5
+# These protocols have error forms of their own.
+_OPEN_INFERENCE_PATH: Final = "/v2"
+_OPENAI_PATHS: Final = ("/v1/embeddings", "/v1/models")
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _log = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ class Problem(BaseModel):
     reason: str = Field(description="The error's class in the SDK.", examples=["ImageDecodeError"])
     metadata: dict[str, str] = Field(description="For a program: `path`, `allowed`, `limit`, ...")
     instance: str = Field(default="", description="The path that was asked for.")
+    error: dict[str, str | None] | None = Field(
+        default=None, description="The same in OpenAI's form, on the paths that are OpenAI's."
+    )
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -73,15 +79,33 @@ def problem_response(
     body = problem(error, path)
     if status is not None:
         body["status"] = status
+    if path.startswith(_OPENAI_PATHS):
+        body["error"] = openai_error(error, body["status"])
     sent = dict(headers or {})
     if "retry_after_s" in error.metadata:
         # Whole seconds by the standard, and 0 would mean: at once.
         sent["Retry-After"] = str(math.ceil(float(error.metadata["retry_after_s"])))
     if body["status"] == 413:  # the rest of the body may still be on its way, and nobody will read it
         sent["Connection"] = "close"
-    return Response(
-        json.dumps(body, allow_nan=False), body["status"], headers=sent, media_type=PROBLEM_MEDIA_TYPE
+    code = body["status"]
+    if path.startswith(_OPEN_INFERENCE_PATH):
+        return Response(
+            json.dumps({"error": error.message}), code, headers=sent, media_type="application/json"
+        )
+    return Response(json.dumps(body, allow_nan=False), code, headers=sent, media_type=PROBLEM_MEDIA_TYPE)
+
+
+def openai_error(error: CliptuneError, status: int) -> dict[str, str | None]:
+    """The error as OpenAI's clients read it."""
+    kind = (
+        "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     )
+    return {
+        "message": error.message,
+        "type": kind,
+        "param": error.metadata.get("path") or ("model" if "model" in error.metadata else None),
+        "code": type(error).__name__,
+    }
 
 
 def unexpected(error: BaseException, where: str) -> CliptuneError:

@@ -21,6 +21,7 @@ _Status = health_pb2.HealthCheckResponse
 NEEDS: Final[Mapping[str, tuple[Part, ...]]] = {
     "": tuple(Part),
     "cliptune.v1.InferenceService": (Part.ENGINE, Part.MODELS),
+    "inference.GRPCInferenceService": (Part.ENGINE, Part.MODELS),
     "cliptune.v1.ModelService": (Part.ENGINE,),
     "cliptune.v1.TrainingService": (Part.JOBS,),
     "cliptune.v1.DataService": (),

@@ -14,6 +14,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cliptune.internal.open_inference import open_inference_pb2, open_inference_pb2_grpc
 from cliptune.v1 import (
     data_pb2,
     data_pb2_grpc,
@@ -35,6 +36,7 @@ SERVICES: Final = (
     *(service.full_name for service in training_pb2.DESCRIPTOR.services_by_name.values()),
     *(service.full_name for service in inference_pb2.DESCRIPTOR.services_by_name.values()),
     *(service.full_name for service in model_pb2.DESCRIPTOR.services_by_name.values()),
+    *(service.full_name for service in open_inference_pb2.DESCRIPTOR.services_by_name.values()),
     *(service.full_name for service in data_pb2.DESCRIPTOR.services_by_name.values()),
 )
 # Above the grace of our own drain, which ends calls with an answer before gRPC cuts them off without one.
@@ -64,12 +66,14 @@ class RpcServer:
         *,
         training: training_pb2_grpc.TrainingServiceServicer,
         inference: inference_pb2_grpc.InferenceServiceServicer,
+        open_inference: open_inference_pb2_grpc.GRPCInferenceServiceServicer,
         models: model_pb2_grpc.ModelServiceServicer,
         data: data_pb2_grpc.DataServiceServicer,
     ) -> None:
         """The services that need the daemon's objects; before `start`."""
         training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self.server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, self.server)
+        open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(open_inference, self.server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(models, self.server)
         data_pb2_grpc.add_DataServiceServicer_to_server(data, self.server)
 

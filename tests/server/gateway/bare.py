@@ -23,6 +23,7 @@ def bare_context(**changed: Any) -> GatewayContext:
     parts = {
         "jobs": absent,
         "router": absent,
+        "open_inference": absent,
         "models": absent,
         "datasets": absent,
         "engines": absent,
