@@ -47,10 +47,16 @@ def _run(arguments: argparse.Namespace) -> None:
                 arguments.clipart, arguments.work or arguments.prepared / "packages", arguments.prepared
             )
         case "images":
-            from scripts.mini import images
+            from scripts.mini import head, images, inversion, vit
 
-            vit_plan = images.ViTPlan(seconds=arguments.seconds)
-            images.run(arguments.prepared, arguments.out, arguments.device, images.HeadPlan(), vit_plan)
+            images.run(
+                arguments.prepared,
+                arguments.out,
+                arguments.device,
+                head.HeadPlan(),
+                vit.ViTPlan(seconds=arguments.seconds),
+                inversion.InversionPlan(),
+            )
         case "texts":
             from scripts.mini import texts
 

@@ -1,11 +1,10 @@
-"""Photo-like features without a photo: what Lite0's classifier knows, as pairs for the head above it.
+"""Photo-like features without a photo: what Lite0's classifier implies, for the head above it.
 
-Enters: the classifier and the pooled features of real pictures. Leaves: features and what they mean. Called
-by the image steps. The meaning of any feature is its classifier's opinion in words: the mean of the classes'
-vectors, weighted by their probabilities (ConSE, Norouzi et al. 2014). The features are drawn around the mean
-feature of ImageNet's photos, which follows from the last batch norm (its output is normal, with the mean and
-the spread that it learned, and ReLU6 and pooling come after), and are moved towards classes in the directions
-in which features vary (the class means of a linear discriminant with the classifier's rows as weights).
+Enters: the classifier and the pooled features of real pictures. Leaves: features and the classifier's opinion
+of any. Called by the image steps. The features are drawn around the mean feature of ImageNet's photos,
+which follows from the last batch norm (its output is normal, with the mean and the spread that it learned;
+ReLU6 and pooling come after), and are moved towards classes in the directions in which features vary (the
+class means of a linear discriminant with the classifier's rows as weights).
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ class PhotoFeatures:
     """Raises a class's logit by 1."""
     spread_FF: Tensor
     """Times a standard normal: how pictures vary."""
-    class_KD: Tensor
 
     @classmethod
-    def of(cls, classifier: Any, features_NF: Tensor, class_KD: Tensor) -> PhotoFeatures:
+    def of(cls, classifier: Any, features_NF: Tensor) -> PhotoFeatures:
         """`features_NF`: of real pictures, for their covariance alone."""
         weight_KF, bias_K = (tensor.detach().float() for tensor in classifier.classifier.parameters())
         norm = classifier.bn2
@@ -53,15 +51,14 @@ class PhotoFeatures:
             photo_mean_F=photo_mean_F,
             towards_KF=towards_KF,
             spread_FF=spread_FF,
-            class_KD=class_KD,
         )
 
-    def meaning(self, features_BF: Tensor) -> Tensor:
-        """[B, F] → [B, D]: ConSE, not normalised: unsure features have short vectors."""
-        return (features_BF @ self.weight_KF.T + self.bias_K).softmax(-1) @ self.class_KD
+    def opinion(self, features_BF: Tensor) -> Tensor:
+        """[B, F] → [B, K]: the classifier's probabilities."""
+        return (features_BF @ self.weight_KF.T + self.bias_K).softmax(-1)
 
-    def draw(self, pictures_BF: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """As many features as pictures are given, half of them moved from these; and their meanings."""
+    def draw(self, pictures_BF: Tensor, generator: torch.Generator) -> Tensor:
+        """As many features as pictures are given, half of them moved from these."""
         count, device = len(pictures_BF), pictures_BF.device
 
         def uniform(low: float, high: float) -> Tensor:
@@ -70,10 +67,13 @@ class PhotoFeatures:
         noise_BF = torch.randn(count, len(self.photo_mean_F), generator=generator, device=device)
         photos_BF = self.photo_mean_F + (noise_BF @ self.spread_FF.T) * uniform(0.2, 0.8)
         base_BF = torch.where(uniform(0, 1) < 0.5, photos_BF, self._without_opinion(pictures_BF))
-        wanted_B = torch.randint(len(self.class_KD), (count,), generator=generator, device=device)
+        wanted_B = torch.randint(len(self.bias_K), (count,), generator=generator, device=device)
         moved_BF = base_BF + self.towards_KF[wanted_B] * uniform(*_RAISED)
-        moved_BF = moved_BF.clamp(min=0)
-        return moved_BF, self.meaning(moved_BF)
+        return moved_BF.clamp(min=0)
+
+    def raised(self, nats: float) -> Tensor:
+        """[K, F]: the mean photo moved towards each class."""
+        return (self.photo_mean_F + nats * self.towards_KF).clamp(min=0)
 
     def _without_opinion(self, features_BF: Tensor) -> Tensor:
         """Moved back from the class that the classifier prefers."""

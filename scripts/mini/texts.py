@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from scripts.mini import towers
 from scripts.mini.bag import RESERVED, Bag, begin_as
 from scripts.mini.corpus import Corpus
-from scripts.mini.teacher import centred, piece_vectors, tokenise
+from scripts.mini.teacher import Teacher, centred, piece_vectors, tokenise
 from scripts.mini.token_rows import TokenRows
 
 LENGTHS: Final = (8, 12, 16, 24, 40, towers.CONTEXT)
@@ -74,7 +74,7 @@ class Lessons:
 
 def lessons(corpus: Corpus, vectors_ND: Tensor, mean_D: Tensor, device: str) -> Lessons:
     """Every sentence with the teacher's vector of it."""
-    targets_ND = centred(vectors_ND, mean_D).half()
+    targets_ND = towers.widened(centred(vectors_ND, mean_D)).half()
     lengths_N = corpus.pupil.lengths
     rows = np.arange(len(corpus))
 
@@ -213,11 +213,11 @@ def run(prepared: Path, out: Path, device: str, plan: TextPlan, names: Sequence[
     began_s = time.monotonic()
     corpus = Corpus.read(prepared / "corpus.npz")
     mean_D = torch.from_numpy(np.load(prepared / "mean.npy")).to(device)
-    vectors_ND = torch.from_numpy(np.load(prepared / "vectors.npy")).to(device).float()
+    vectors_ND = Teacher(prepared / "teacher", device).embed_tokens(corpus.teacher)
     taught = lessons(corpus, vectors_ND, mean_D, device)
     told = ", ".join(f"{tokens.shape[1]}: {len(tokens)}" for tokens, _ in taught.buckets)
     print(f"lessons after {time.monotonic() - began_s:.0f} s; texts by length: {told}", flush=True)
-    begun_VD = word_vectors(prepared, corpus, centred(vectors_ND, mean_D))
+    begun_VD = word_vectors(prepared, corpus, towers.widened(centred(vectors_ND, mean_D)))
     for name in names:
         torch.manual_seed(0)
         model = towers.build(name).to(device)

@@ -12,17 +12,21 @@ from typing import Any, Final
 import open_clip
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from scripts.mini import teacher, trunk
+from scripts.mini import trunk
 
 MINI: Final = "cliptune-mini"
 VIT: Final = "cliptune-mini-vit"
 VOCABULARY: Final = 49408  # CLIP's own: open_clip's tokeniser gives no other
 CONTEXT: Final = 77
+# timm's MLP is twice as wide inside as its output: room for a unit for each of ImageNet's classes. The
+# teacher's vectors are shorter; the rest of a text's is 0.
+EMBED_DIM: Final = 512
 
 MODEL_CONFIG: Final[dict[str, dict[str, Any]]] = {
     MINI: {
-        "embed_dim": teacher.DIM,
+        "embed_dim": EMBED_DIM,
         "vision_cfg": {
             "timm_model_name": trunk.NAME,
             "timm_model_pretrained": False,
@@ -36,18 +40,18 @@ MODEL_CONFIG: Final[dict[str, dict[str, Any]]] = {
             "vocab_size": VOCABULARY,
             "width": 160,
             "heads": 5,
-            "layers": 2,
+            "layers": 4,
         },
     },
     VIT: {
-        "embed_dim": teacher.DIM,
+        "embed_dim": EMBED_DIM,
         "vision_cfg": {"image_size": 128, "layers": 7, "width": 160, "head_width": 32, "patch_size": 16},
         "text_cfg": {
             "context_length": CONTEXT,
             "vocab_size": VOCABULARY,
             "width": 64,
             "heads": 4,
-            "layers": 2,
+            "layers": 3,
         },
     },
 }
@@ -70,6 +74,11 @@ def build(name: str) -> open_clip.CLIP:
     """The whole model with random weights, fp32."""
     config = deepcopy(MODEL_CONFIG[name])
     return open_clip.CLIP(**config)
+
+
+def widened(vectors_ND: Tensor) -> Tensor:
+    """The teacher's vectors with zeros to `EMBED_DIM`."""
+    return F.pad(vectors_ND, (0, EMBED_DIM - vectors_ND.shape[-1]))
 
 
 def encode_text(model: nn.Module, tokens_BL: Tensor) -> Tensor:
