@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         FailedItem,
         Health,
         PairScores,
+        Profile,
         Similarity,
     )
     from cliptune.session import Session
@@ -142,6 +143,7 @@ __all__ = [
     "OverloadedError",
     "PairScores",
     "PathOutsideRootsError",
+    "Profile",
     "Progress",
     "RequestTooLargeError",
     "SampleRow",
@@ -250,6 +252,7 @@ _NAMES: Final = {
         "FailedItem",
         "Health",
         "PairScores",
+        "Profile",
         "Similarity",
     ),
     "session": ("Session",),

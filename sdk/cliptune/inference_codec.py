@@ -13,6 +13,9 @@ Legend: N images, texts or pairs; M texts; C classes; D embedding dimension.
 
 from __future__ import annotations
 
+import functools
+import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
@@ -32,7 +35,7 @@ from cliptune.errors import (
     from_wire,
 )
 from cliptune.images import ImageInput, image_message, is_one_image
-from cliptune.results import Classifications, Embeddings, FailedItem, Float32, PairScores, Similarity
+from cliptune.results import Classifications, Embeddings, FailedItem, Float32, PairScores, Profile, Similarity
 from cliptune.tensors import unpack
 from cliptune.v1 import error_pb2, inference_pb2, spec_pb2, tensor_pb2
 
@@ -55,6 +58,7 @@ class Part:
     """[len(places), D]."""
     model: str
     failed: tuple[FailedItem, ...]
+    profile: Profile | None = None
 
 
 class EmbedPlan:
@@ -66,13 +70,19 @@ class EmbedPlan:
     """
 
     def __init__(
-        self, kind: Literal["images", "texts"], items: object, model: str, on_error: OnError
+        self,
+        kind: Literal["images", "texts"],
+        items: object,
+        model: str,
+        on_error: OnError,
+        dimensions: int | None = None,
     ) -> None:
         self._kind: Final = kind
         self._items: Final = _many(items, kind)
         self._convert: Final[Callable[[Any], Any]] = image_message if kind == "images" else text_item
         self._model = model
         self._on_error: Final = on_error
+        self._dimensions: Final = dimensions or 0
         self._failed: list[FailedItem] = []
         if not self._items:
             raise InvalidInputError(f"{kind} is empty", field=kind)
@@ -121,22 +131,36 @@ class EmbedPlan:
         vectors = np.full((len(self._items), first.shape[1] if first is not None else 0), np.nan, np.float32)
         for part in answered:
             vectors[list(part.places)] = part.vectors
-        return Embeddings.of(vectors, model=answered[0].model, errors=tuple(failed))
+        profiles = [part.profile for part in parts if part.profile is not None]
+        profile = functools.reduce(operator.add, profiles) if profiles else None
+        return Embeddings.of(vectors, model=answered[0].model, errors=tuple(failed), profile=profile)
 
     def _call(self, messages: list[Any], places: tuple[int, ...]) -> Call[Part]:
+        began_s = time.perf_counter()
+
         def parse(answer: Any) -> Part:
             self._model = answer.model or self._model
             failed = tuple(_failed(answer.errors, {self._kind: places}))
             if failed and self._on_error == "raise":
                 raise placed(failed[0], count=len(failed), total=len(self._items))
-            return Part(places=places, vectors=unpack(answer.embeddings), model=answer.model, failed=failed)
+            return Part(
+                places=places,
+                vectors=unpack(answer.embeddings),
+                model=answer.model,
+                failed=failed,
+                profile=_profile(answer, began_s),
+            )
 
         images = self._kind == "images"
         request: inference_pb2.EmbedImagesRequest | inference_pb2.EmbedTextsRequest
         if images:
-            request = inference_pb2.EmbedImagesRequest(model=self._model, images=messages)
+            request = inference_pb2.EmbedImagesRequest(
+                model=self._model, images=messages, dimensions=self._dimensions
+            )
         else:
-            request = inference_pb2.EmbedTextsRequest(model=self._model, texts=messages)
+            request = inference_pb2.EmbedTextsRequest(
+                model=self._model, texts=messages, dimensions=self._dimensions
+            )
         return Call(
             method=f"InferenceService/{'EmbedImages' if images else 'EmbedTexts'}",
             request=request,
@@ -155,13 +179,20 @@ class EmbedPlan:
 
 def similarity(images: object, texts: object, model: str, on_error: OnError) -> Call[Similarity]:
     """Every image against every text, [N, M]."""
+    began_s = time.perf_counter()
     rows = _gather("images", images, image_message, on_error)
     columns = _gather("texts", texts, text_item, on_error)
 
     def parse(answer: inference_pb2.SimilarityResponse) -> Similarity:
         failed = _settle(answer.errors, on_error, rows, columns)
         scores = _scatter(_scatter(unpack(answer.scores), rows).T, columns).T
-        return Similarity(scores=scores, logit_scale=answer.logit_scale, model=answer.model, errors=failed)
+        return Similarity(
+            scores=scores,
+            logit_scale=answer.logit_scale,
+            model=answer.model,
+            errors=failed,
+            profile=_profile(answer, began_s),
+        )
 
     return Call(
         method="InferenceService/Similarity",
@@ -173,6 +204,7 @@ def similarity(images: object, texts: object, model: str, on_error: OnError) -> 
 
 def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: OnError) -> Call[PairScores]:
     """Image i against text i, [N]."""
+    began_s = time.perf_counter()
 
     def pair_message(pair: tuple[ImageInput, str]) -> inference_pb2.ImageTextPair:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
@@ -188,6 +220,7 @@ def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: O
             logit_scale=answer.logit_scale,
             model=answer.model,
             errors=failed,
+            profile=_profile(answer, began_s),
         )
 
     return Call(
@@ -200,6 +233,7 @@ def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: O
 
 def classify(images: object, classes: ClassesInput, model: str, on_error: OnError) -> Call[Classifications]:
     """Softmax over the classes for each image, [N, C]."""
+    began_s = time.perf_counter()
     rows = _gather("images", images, image_message, on_error)
 
     def parse(answer: inference_pb2.ClassifyResponse) -> Classifications:
@@ -210,6 +244,7 @@ def classify(images: object, classes: ClassesInput, model: str, on_error: OnErro
             scores=_scatter(unpack(answer.scores), rows),
             model=answer.model,
             errors=failed,
+            profile=_profile(answer, began_s),
         )
 
     return Call(
@@ -257,6 +292,11 @@ def placed(item: FailedItem, *, count: int, total: int) -> CliptuneError:
     message = error.message if total == 1 else f"{item.field}[{item.index}]: {error.message}"
     metadata = {**error.metadata, "field": item.field, "index": str(item.index), "count": str(count)}
     return from_wire(type(error).__name__, message, metadata)
+
+
+def _profile(answer: Any, began_s: float) -> Profile | None:
+    """None from a daemon that tells none."""
+    return Profile.of(answer.profile, time.perf_counter() - began_s) if answer.HasField("profile") else None
 
 
 @dataclass(kw_only=True, slots=True)

@@ -38,3 +38,11 @@ def is_bulk(metadata: Iterable[Pair] | None, *, otherwise: bool = False) -> bool
 def metadata(*, bulk: bool) -> tuple[Pair, ...]:
     """To be sent along; what is interactive says nothing."""
     return ((METADATA_KEY, BULK),) if bulk else ()
+
+
+def chosen(value: Priority | None) -> tuple[Pair, ...]:
+    """What a client sends along that was told a priority. `InvalidInputError` for an unknown one."""
+    if value is None:
+        return ()
+    check(value)
+    return ((METADATA_KEY, value),)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliptune.errors import CliptuneError
+from cliptune.v1 import inference_pb2
 
 Float32 = npt.NDArray[np.float32]
 
@@ -39,27 +40,93 @@ class FailedItem:
     error: CliptuneError
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Profile:
+    """Where the time of a call went, in seconds.
+
+    Stages of different items overlap, so they need not add up. Of a list that went out in several requests,
+    one after another, the sum.
+    """
+
+    total_s: float
+    """As the caller saw it: the message made, sent, answered."""
+    daemon_s: float
+    """In the daemon, the engine included."""
+    engine_s: float
+    """In the engine, from the request's arrival to its answer."""
+    decode_s: float
+    """Until the last item was decoded or tokenised."""
+    queue_s: float
+    """The longest that an item waited for its batch."""
+    forward_s: float
+    """The longest forward that an item was in."""
+    batch_items: int
+    """The most items that shared a forward with one of these."""
+    cached_items: int
+    """Answered from the cache: neither decoded nor forwarded."""
+
+    @property
+    def transport_s(self) -> float:
+        """Neither in the daemon nor below it: the message made, the network, the answer read."""
+        return max(0.0, self.total_s - self.daemon_s)
+
+    @classmethod
+    def of(cls, message: inference_pb2.Profile, total_s: float) -> Self:
+        """From an answer, and what the caller measured."""
+        return cls(
+            total_s=total_s,
+            daemon_s=message.daemon_seconds,
+            engine_s=message.engine_seconds,
+            decode_s=message.decode_seconds,
+            queue_s=message.queue_seconds,
+            forward_s=message.forward_seconds,
+            batch_items=message.batch_items,
+            cached_items=message.cached_items,
+        )
+
+    def __add__(self, other: Profile) -> Profile:
+        return Profile(
+            total_s=self.total_s + other.total_s,
+            daemon_s=self.daemon_s + other.daemon_s,
+            engine_s=self.engine_s + other.engine_s,
+            decode_s=self.decode_s + other.decode_s,
+            queue_s=self.queue_s + other.queue_s,
+            forward_s=self.forward_s + other.forward_s,
+            batch_items=max(self.batch_items, other.batch_items),
+            cached_items=self.cached_items + other.cached_items,
+        )
+
+
 class Embeddings(np.ndarray[Any, np.dtype[np.float32]]):
     """An array [N, D] of float32 that also knows what made it.
 
     Its rows are what the model's similarity is a formula of: of unit length for the cosine.
 
     `model` is the version that answered ("NAME:VERSION"), `errors` the items that failed (only with
-    on_error="return"). Arrays made from it by numpy carry neither.
+    on_error="return"), `profile` where the time went (not of a stream). Arrays made from it by numpy carry
+    none of these.
     """
 
     model: str
     errors: tuple[FailedItem, ...]
+    profile: Profile | None
 
     @classmethod
-    def of(cls, vectors: Float32, *, model: str, errors: tuple[FailedItem, ...] = ()) -> Self:
+    def of(
+        cls,
+        vectors: Float32,
+        *,
+        model: str,
+        errors: tuple[FailedItem, ...] = (),
+        profile: Profile | None = None,
+    ) -> Self:
         """The same memory, with what is known about it."""
         array = np.asarray(vectors, dtype=np.float32).view(cls)
-        array.model, array.errors = model, errors
+        array.model, array.errors, array.profile = model, errors, profile
         return array
 
     def __array_finalize__(self, source: object) -> None:
-        self.model, self.errors = "", ()
+        self.model, self.errors, self.profile = "", (), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,6 +139,7 @@ class Similarity:
     """What the model multiplies similarities by before a softmax."""
     model: str
     errors: tuple[FailedItem, ...] = ()
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -83,6 +151,7 @@ class PairScores:
     logit_scale: float
     model: str
     errors: tuple[FailedItem, ...] = ()
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +180,7 @@ class Classifications:
     """[N, C], similarity to each class."""
     model: str
     errors: tuple[FailedItem, ...] = ()
+    profile: Profile | None = None
 
     def __len__(self) -> int:
         return len(self.probabilities)

@@ -11,14 +11,15 @@ Prometheus expects of a counter whose process restarted.
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -153,13 +154,41 @@ class _Readings(Collector):
         seconds = CounterMetricFamily(
             "cliptune_inference_forward_seconds", "Time spent in forwards.", labels=_QUEUE_LABELS
         )
+        oldest = GaugeMetricFamily(
+            "cliptune_inference_queue_age_seconds",
+            "Age of the item that has waited longest; 0: none waits.",
+            labels=_QUEUE_LABELS,
+        )
+        sizes = HistogramMetricFamily(
+            "cliptune_inference_batch_items", "Items of a forward.", labels=_QUEUE_LABELS
+        )
+        positions = CounterMetricFamily(
+            "cliptune_inference_positions",
+            "Images, or tokens of texts with their padding, that forwards computed.",
+            labels=_QUEUE_LABELS,
+        )
+        padding = CounterMetricFamily(
+            "cliptune_inference_padding_positions", "Of these, padding.", labels=_QUEUE_LABELS
+        )
+        expired = CounterMetricFamily(
+            "cliptune_inference_expired_items",
+            "Items whose deadline was over, or could not be kept, before their forward.",
+            labels=_QUEUE_LABELS,
+        )
         for queue in status.queues:
             labels = (queue.model, queue.tower)
             waiting.add_metric(labels, queue.waiting_items)
+            oldest.add_metric(labels, queue.oldest_seconds)
             items.add_metric(labels, queue.items)
             batches.add_metric(labels, queue.batches)
+            sizes.add_metric(labels, _cumulated(queue.batch_sizes), sum_value=queue.items)
+            positions.add_metric(labels, queue.positions)
+            padding.add_metric(labels, queue.padding)
+            expired.add_metric(labels, queue.expired_items)
             seconds.add_metric(labels, queue.forward_seconds)
-        yield from (waiting, items, batches, seconds)
+        yield from (waiting, oldest, items, batches, sizes, positions, padding, expired, seconds)
+        if engine.status is not None:
+            yield from _engine_totals(status)
 
     def _jobs(self) -> Iterable[Metric]:
         jobs = GaugeMetricFamily("cliptune_jobs", "Jobs by state.", labels=("state",))
@@ -168,6 +197,35 @@ class _Readings(Collector):
         yield jobs
         yield _counter("cliptune_job_events", "Public job events since the daemon started.", self.jobs.events)
         yield _gauge("cliptune_job_watchers", "Watches open now, over both transports.", self.jobs.watchers)
+
+
+def _engine_totals(status: engine_pb2.StatusResponse) -> Iterable[Metric]:
+    """What is not of one model."""
+    yield _counter(
+        "cliptune_inference_decode_seconds",
+        "Time that threads spent on decoding images.",
+        status.decode_seconds,
+    )
+    yield _counter("cliptune_inference_decoded_items", "Images that were decoded.", status.decoded_items)
+    yield _counter(
+        "cliptune_inference_shed_requests",
+        "Requests that were refused for want of room or of time.",
+        status.shed_requests,
+    )
+    yield _counter(
+        "cliptune_inference_cache_hits", "Items whose embedding was remembered.", status.cache.hits
+    )
+    yield _counter(
+        "cliptune_inference_cache_misses", "Items whose embedding was not remembered.", status.cache.misses
+    )
+    yield _gauge("cliptune_inference_cache_bytes", "Memory of remembered embeddings.", status.cache.bytes)
+
+
+def _cumulated(batch_sizes: Sequence[int]) -> list[tuple[str, float]]:
+    """Batches of at most 1, 2, 4, ... items, as Prometheus has histograms: each with those before it."""
+    counts = list(itertools.accumulate(batch_sizes)) or [0]
+    bounds = [str(float(2**power)) for power in range(len(counts) - 1)]
+    return [(bound, float(count)) for bound, count in zip([*bounds, "+Inf"], counts, strict=True)]
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

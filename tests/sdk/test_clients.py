@@ -71,6 +71,33 @@ async def test_inference_answers_alike_sync_and_async(house: House) -> None:
             assert sum(answer.probabilities.values()) == pytest.approx(1, abs=1e-5)
 
 
+async def test_a_profile_splits_a_calls_time_by_stage_sync_and_async(house: House) -> None:
+    sent = [images.png(seed=seed) for seed in range(200, 270)]  # two requests
+    one = house.client.embed_images(sent, model="shapes")
+    async with AsyncClient(house.daemon.grpc, priority="bulk") as other:
+        again = await other.embed_images(sent, model="shapes")
+        pairs = await other.score_pairs([(sent[0], "a circle that nobody asked for")], model="shapes")
+    first, second = one.profile, again.profile
+    assert first is not None
+    assert second is not None
+    assert first.total_s > first.daemon_s > first.engine_s > first.forward_s > 0
+    assert first.decode_s > 0
+    assert first.transport_s == pytest.approx(first.total_s - first.daemon_s)
+    assert first.batch_items >= 1
+    assert (first.cached_items, second.cached_items) == (0, 70)
+    assert second.forward_s == 0
+    assert pairs.profile is not None
+    assert pairs.profile.cached_items == 1
+    assert (one[:1] * 2).profile is None
+
+
+async def test_a_client_is_refused_a_priority_and_dimensions_that_there_are_not(house: House) -> None:
+    with pytest.raises(InvalidInputError, match="urgent"):
+        Client(house.daemon.grpc, priority="urgent")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="was trained for 32"):
+        house.client.embed_texts(TEXTS, model="shapes", dimensions=8)
+
+
 async def test_the_same_image_in_every_form_has_the_same_vector(house: House) -> None:
     import torch
     from PIL import Image

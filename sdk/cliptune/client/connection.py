@@ -27,6 +27,8 @@ from cliptune.channel import (
 )
 from cliptune.codec import Answer, Call, Request
 from cliptune.errors import UnavailableError
+from cliptune.priority import Priority
+from cliptune.priority import chosen as priority_metadata
 from cliptune.results import Health
 from cliptune.stream import Stream
 
@@ -42,9 +44,12 @@ class Connection:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         attempts: int = DEFAULT_ATTEMPTS,
+        priority: Priority | None = None,
     ) -> None:
+        """`priority`: "bulk" lets whatever is interactive go first, in every call; None: streams alone do."""
         self.address: Final = address or find_address()
         self._timeout_s: Final = timeout_s
+        self._priority: Final = priority_metadata(priority)
         self._channel: Final = grpc.insecure_channel(self.address, options=channel_options(attempts))
 
     def health(self, service: str = "", *, timeout_s: float | None = None) -> Health:
@@ -77,7 +82,7 @@ class Connection:
         carry = self._channel.unary_unary(method_path(call.method), serialize, call.answer.FromString)
         with call_span(call.method) as metadata:
             try:
-                answer = carry(call.request, timeout=timeout_s, metadata=metadata)
+                answer = carry(call.request, timeout=timeout_s, metadata=(*metadata, *self._priority))
             except grpc.RpcError as error:
                 # Not a chain of tracebacks: the failed call says no more. It is the error's `__context__`.
                 raise failure(error, self.address, call.method, timeout_s) from None
@@ -97,6 +102,9 @@ class Connection:
         )
         span = start_span(method)
         call = opened(method_path(method), serialize, answer.FromString)(
-            request, timeout=timeout_s, metadata=span_metadata(span), wait_for_ready=wait_for_ready
+            request,
+            timeout=timeout_s,
+            metadata=(*span_metadata(span), *self._priority),
+            wait_for_ready=wait_for_ready,
         )
         return Stream(call, span, lambda error: failure(error, self.address, method, timeout_s))

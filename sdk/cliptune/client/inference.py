@@ -26,6 +26,7 @@ class InferenceCalls(Connection):
         images: Sequence[ImageInput],
         *,
         model: str = "",
+        dimensions: int | None = None,
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Embeddings:
@@ -33,20 +34,22 @@ class InferenceCalls(Connection):
 
         Long lists go out in several requests, all answered by one version of the model. A failed item raises
         its own error, with `index` in its metadata; with on_error="return" its row is NaN and `.errors` lists
-        it.
+        it. `dimensions`: the first so many numbers of each, of a model that was trained for it. `.profile`
+        says where the time went.
         """
-        return self._embed(EmbedPlan("images", images, model, on_error), timeout_s)
+        return self._embed(EmbedPlan("images", images, model, on_error, dimensions), timeout_s)
 
     def embed_texts(
         self,
         texts: Sequence[str],
         *,
         model: str = "",
+        dimensions: int | None = None,
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Embeddings:
         """Unit vectors [N, D], float32, of texts. Long lists and failed items: as `embed_images`."""
-        return self._embed(EmbedPlan("texts", texts, model, on_error), timeout_s)
+        return self._embed(EmbedPlan("texts", texts, model, on_error, dimensions), timeout_s)
 
     def similarity(
         self,

@@ -28,6 +28,7 @@ from tests.support.models import publish_test_model
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 OURS = {f"cliptune.v1.{name}Service" for name in ("Training", "Inference", "Model", "Data")}
+OURS.add("inference.GRPCInferenceService")
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,23 @@ ENGINE = EngineReading(
         running_seconds=0.5,
         queues=[
             engine_pb2.QueueStatus(
-                model="cells:1", tower="image", waiting_items=3, batches=5, items=40, forward_seconds=1.5
+                model="cells:1",
+                tower="image",
+                waiting_items=3,
+                batches=5,
+                items=40,
+                forward_seconds=1.5,
+                oldest_seconds=0.25,
+                positions=44,
+                padding=4,
+                expired_items=2,
+                batch_sizes=[1, 0, 1, 2, 1],
             )
         ],
+        decode_seconds=3.5,
+        decoded_items=45,
+        shed_requests=6,
+        cache=engine_pb2.CacheStatus(hits=8, misses=9, bytes=4096),
     ),
 )
 JOBS = JobReading(by_state={"RUNNING": 1, "QUEUED": 4}, events=99, watchers=7)
@@ -84,6 +98,15 @@ def test_readings_of_engine_and_jobs_become_series() -> None:
     assert found["cliptune_inference_queue_items", "cells:1", "image"] == 3
     assert found["cliptune_inference_items_total", "cells:1", "image"] == 40
     assert found["cliptune_inference_forward_seconds_total", "cells:1", "image"] == 1.5
+    assert found["cliptune_inference_queue_age_seconds", "cells:1", "image"] == 0.25
+    assert found["cliptune_inference_padding_positions_total", "cells:1", "image"] == 4
+    assert found["cliptune_inference_expired_items_total", "cells:1", "image"] == 2
+    bucket = "cliptune_inference_batch_items_bucket"
+    sizes = {key[1]: value for key, value in found.items() if key[0] == bucket}
+    assert sizes == {"1.0": 1, "2.0": 1, "4.0": 2, "8.0": 4, "+Inf": 5}
+    assert found["cliptune_inference_batch_items_sum", "cells:1", "image"] == 40
+    assert found["cliptune_inference_shed_requests_total",] == 6
+    assert found["cliptune_inference_cache_hits_total",] == 8
     assert found["cliptune_job_events_total",] == 99
     assert found["cliptune_job_watchers",] == 7
     assert {state: found["cliptune_jobs", state] for state in JOB_STATES} == {
