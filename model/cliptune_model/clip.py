@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast
 
 import open_clip
@@ -30,6 +30,8 @@ from cliptune_model.similarity import Similarity
 from cliptune_model.source import CUSTOM, OFFLINE_WAYS, ModelSource, Recipe, resolve
 from cliptune_model.tokens import check_text, without_waste
 from cliptune_model.towers.context import extend_context
+from cliptune_model.towers.image_tower import encode_image
+from cliptune_model.towers.patch_size import change_patch_size
 from cliptune_model.towers.text_tower import encode_text
 from cliptune_model.towers.trimming import TextTrim
 
@@ -61,7 +63,7 @@ class Clip:
         architecture: open_clip's name, or "custom".
         context_length: tokens of a text, L.
         embedding_dim: D.
-        image_size: (height, width) in pixels that the image tower takes.
+        image_size: (height, width) in pixels that images are brought to; `at` gives another.
         pretrained: the weights came from a source; otherwise they are random.
         similarity: how alike embeddings are, in loss, evaluation and serving; on the model's device. What it
             learns is trained, kept and exported beside the model, which stays open_clip's own.
@@ -80,8 +82,20 @@ class Clip:
     similarity: Similarity
 
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
-        """[B, 3, H, W] preprocessed → [B, D] fp32, not normalised."""
-        return cast(Tensor, self.model.encode_image(images_BCHW, normalize=False)).float()  # type: ignore[operator]
+        """[B, 3, H, W] preprocessed → [B, D] fp32, not normalised. H, W: any multiples of the patch."""
+        return encode_image(self.model, images_BCHW).float()
+
+    def at(self, size: tuple[int, int]) -> Clip:
+        """The same model, weights shared, as one that sees images of (height, width) pixels."""
+        if size == self.image_size:
+            return self
+        config = self.preprocess_config | {"size": size}
+        return replace(
+            self,
+            image_size=size,
+            preprocess_config=config,
+            transform=image_transform_v2(PreprocessCfg(**config), is_train=False),
+        )
 
     def encode_texts(self, tokens_BL: Tensor) -> Tensor:
         """[B, L] int64 → [B, D] fp32, not normalised. L: the context length, or what `trim` left of it."""
@@ -152,6 +166,10 @@ def build(source: ModelSource, *, device: str = "cpu", seed: int = 0) -> Clip:
         if source.context_length is not None:
             model_config = extend_context(model, model_config, source.context_length, name=source.name)
             architecture = architecture if model_config is recipe.model_config else CUSTOM
+        if source.patch_size is not None:
+            before = model_config
+            model_config = change_patch_size(model, model_config, source.patch_size, name=source.name)
+            architecture = architecture if model_config is before else CUSTOM
         context_length = int(
             model_config["text_cfg"].get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
         )

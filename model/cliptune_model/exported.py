@@ -29,6 +29,7 @@ from torch import Tensor
 from cliptune.durable import is_disk_full, sync
 from cliptune.errors import DiskFullError
 from cliptune_model.clip import Clip, build
+from cliptune_model.image_sizes import ProvenSize
 from cliptune_model.manifest import FORMAT_VERSION, MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
 from cliptune_model.similarity import DEFAULT
 from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
@@ -53,6 +54,8 @@ def manifest_of(
     job_id: str = "",
     metrics: Mapping[str, float] | None = None,
     matryoshka_dims: tuple[int, ...] = (),
+    serving_size: tuple[int, int] | None = None,
+    proven_sizes: tuple[ProvenSize, ...] = (),
 ) -> Manifest:
     """The manifest of `clip` as it is now."""
     return Manifest(
@@ -68,6 +71,8 @@ def manifest_of(
         precision=precision,
         job_id=job_id,
         metrics=dict(metrics or {}),
+        serving_size=serving_size,
+        proven_sizes=proven_sizes,
         # A cliptune that knows only the cosine would serve another similarity's model wrongly: it refuses.
         format_version=1 if clip.similarity.name == DEFAULT else FORMAT_VERSION,
     )

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from cliptune.errors import InvalidInputError, ModelNotFoundError
+from cliptune_model.image_sizes import ProvenSize
 from cliptune_model.similarity import DEFAULT
 
 FORMAT_VERSION: Final = 2  # 1: the similarity is always the cosine
@@ -45,6 +46,8 @@ class Manifest:
         precision: of training: "fp32", "bf16" or "fp16". The weights are fp32.
         job_id: the job that trained it. Empty: none.
         metrics: evaluation after training, by name.
+        serving_size: (height, width) where a request asks for none. None: `image_size`.
+        proven_sizes: those that it was measured at after training, the smallest first.
         created: ISO 8601, UTC.
     """
 
@@ -61,6 +64,8 @@ class Manifest:
     precision: str = "fp32"
     job_id: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    serving_size: tuple[int, int] | None = None
+    proven_sizes: tuple[ProvenSize, ...] = ()
     created: str = field(default_factory=_now)
     cliptune_version: str = field(default_factory=lambda: version("cliptune"))
     torch_version: str = field(default_factory=lambda: version("torch"))
@@ -90,9 +95,17 @@ class Manifest:
             kept = {key: value for key, value in values.items() if key in known}
             kept["image_size"] = (int(height), int(width))
             kept["matryoshka_dims"] = tuple(map(int, values.get("matryoshka_dims", ())))
+            kept["proven_sizes"] = tuple(_proven(one) for one in values.get("proven_sizes", ()))
+            if serving := values.get("serving_size"):
+                kept["serving_size"] = (int(serving[0]), int(serving[1]))
             return cls(**kept)
         except (ValueError, KeyError, TypeError) as error:
             raise InvalidInputError(f"{MANIFEST_FILE} is damaged: {error!r}") from error
+
+
+def _proven(values: Mapping[str, Any]) -> ProvenSize:
+    known = {item.name for item in dataclasses.fields(ProvenSize)}
+    return ProvenSize(**{key: value for key, value in values.items() if key in known})
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -63,6 +63,7 @@ class ModelSource:
             "hf-hub:ORG/REPO" or "local-dir:PATH".
         pretrained: open_clip's tag of weights or a weights file, for an architecture. Empty: random weights.
         context_length: tokens of a text, more than the model has. None: the model's own.
+        patch_size: side of a patch in pixels, for open_clip's ViTs. None: the model's own.
         similarity: how alike embeddings are. Empty: the model's own.
         similarity_parameters: of it, by name.
 
@@ -74,6 +75,7 @@ class ModelSource:
     name: str
     pretrained: str = ""
     context_length: int | None = None
+    patch_size: int | None = None
     similarity: str = ""
     similarity_parameters: Mapping[str, float] = field(default_factory=dict, hash=False)
 

@@ -58,19 +58,22 @@ class Case:
     block: int = 0
     rows: int = 2
     micro_batch_size: int = 2
+    side: int = 0  # of images in pixels; 0: as the model was trained
 
     def __str__(self) -> str:
         again = "recomputed" if self.checkpointing else "kept"
         tiles = f"tiles of {self.block}" if self.block else "whole"
         return (
             f"{self.model}, {self.precision}, {self.attention}, {again}, {self.loss} {tiles},"
-            f" {self.micro_batch_size} of {self.rows}"
+            f" {self.micro_batch_size} of {self.rows}" + (f", {self.side} pixels" if self.side else "")
         )
 
 
 TOWERS = (
     Case(model="vit", precision="fp32", attention="chunked", checkpointing=True, block=1),
+    Case(model="vit", precision="bf16", attention="sdpa", checkpointing=True, side=48),
     Case(model="dropout", precision="bf16", attention="sliced", checkpointing=True, micro_batch_size=1),
+    Case(model="dropout", precision="fp16", attention="sdpa", checkpointing=False, side=64),
     Case(model="siglip", precision="fp16", attention="sdpa", checkpointing=False, loss="sigmoid", block=1),
     Case(model="coca", precision="bf16", attention="sliced", checkpointing=False, loss="infonce", block=1),
     Case(model="convnext", precision="fp16", attention="sdpa", checkpointing=True, micro_batch_size=1),
@@ -144,6 +147,7 @@ def attention_budget(case: Case, clip: Clip) -> int:
 def findings(case: Case, clip: Clip) -> list[str]:
     """What a Mac would refuse, or wait for, in one step."""
     disable_checkpointing(clip)
+    clip = clip.at((case.side, case.side)) if case.side else clip
     if case.checkpointing and not enable_checkpointing(clip):
         return ["nothing was checkpointed"]
     install(clip.model, AttentionPlan(mode=case.attention, budget_bytes=attention_budget(case, clip)))

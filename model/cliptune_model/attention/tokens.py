@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from cliptune_model.towers.image_tower import tokens_at
+
 if TYPE_CHECKING:
     from cliptune_model.clip import Clip
 
@@ -20,16 +22,18 @@ _FINEST_STRIDE = 4
 
 
 def image_tokens(clip: Clip) -> int:
-    """Tokens of one image at the size that the tower takes, class and register tokens included.
+    """Tokens of one image at the clip's image size, class and register tokens included.
 
     For towers without a sequence (convolutional ones) it is the number of cells of their finest grid.
     """
+    placed = tokens_at(clip.model, clip.image_size)
+    if placed is not None:
+        return placed
     visual = clip.model.get_submodule("visual")
     trunk = getattr(visual, "trunk", visual)
-    for holder, name in ((visual, "positional_embedding"), (trunk, "pos_embed")):
-        embedding = getattr(holder, name, None)
-        if isinstance(embedding, Tensor) and embedding.dim() in (2, 3):
-            return embedding.shape[-2] + _unplaced(trunk, embedding.shape[-2])
+    positions = getattr(trunk, "pos_embed", None)
+    if isinstance(positions, Tensor) and positions.dim() == 3:  # of a tower that takes one size
+        return positions.shape[-2] + _unplaced(trunk, positions.shape[-2])
     height, width = clip.image_size
     patches = getattr(getattr(trunk, "patch_embed", None), "num_patches", None)
     if patches is not None:

@@ -23,6 +23,7 @@ def model_source(message: spec_pb2.ModelSpec) -> ModelSource:
         name=message.name,
         pretrained=message.pretrained,
         context_length=context_length,
+        patch_size=message.patch_size if message.HasField("patch_size") else None,
         similarity=message.similarity,
         similarity_parameters=dict(message.similarity_parameters),
     )
