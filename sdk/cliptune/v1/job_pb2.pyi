@@ -476,6 +476,8 @@ class Evaluation(google.protobuf.message.Message):
     MAIN_METRIC_FIELD_NUMBER: builtins.int
     PICTURES_FIELD_NUMBER: builtins.int
     SWEEP_FIELD_NUMBER: builtins.int
+    GENERAL_FIELD_NUMBER: builtins.int
+    GUARD_FIELD_NUMBER: builtins.int
     step: builtins.int
     occasion: builtins.str
     """"before", "during", "after" or "requested"."""
@@ -504,6 +506,14 @@ class Evaluation(google.protobuf.message.Message):
     def sweep(self) -> global___ResolutionSweep:
         """The model over image sizes, where that was asked for."""
 
+    @property
+    def general(self) -> global___GeneralResult:
+        """What the model still knows beside the domain, where a guard measures it."""
+
+    @property
+    def guard(self) -> global___GuardCurve:
+        """After training: how the published weights were chosen."""
+
     def __init__(
         self,
         *,
@@ -517,11 +527,139 @@ class Evaluation(google.protobuf.message.Message):
         main_metric: builtins.str = ...,
         pictures: collections.abc.Iterable[builtins.str] | None = ...,
         sweep: global___ResolutionSweep | None = ...,
+        general: global___GeneralResult | None = ...,
+        guard: global___GuardCurve | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["sweep", b"sweep"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["classes", b"classes", "confusion", b"confusion", "intervals", b"intervals", "main_metric", b"main_metric", "metrics", b"metrics", "occasion", b"occasion", "pictures", b"pictures", "samples", b"samples", "step", b"step", "sweep", b"sweep"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["general", b"general", "guard", b"guard", "sweep", b"sweep"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["classes", b"classes", "confusion", b"confusion", "general", b"general", "guard", b"guard", "intervals", b"intervals", "main_metric", b"main_metric", "metrics", b"metrics", "occasion", b"occasion", "pictures", b"pictures", "samples", b"samples", "step", b"step", "sweep", b"sweep"]) -> None: ...
 
 global___Evaluation = Evaluation
+
+@typing.final
+class GeneralResult(google.protobuf.message.Message):
+    """What a model still knows of what it knew before training."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MetricsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    METRICS_FIELD_NUMBER: builtins.int
+    MAIN_METRIC_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    SAMPLES_FIELD_NUMBER: builtins.int
+    INTERVAL_FIELD_NUMBER: builtins.int
+    main_metric: builtins.str
+    loss: builtins.float
+    """Of the main metric: the starting model's value less this one's."""
+    samples: builtins.int
+    """Images behind the metrics."""
+    @property
+    def metrics(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """As in `Evaluation`, of the probe's images; without probe data "agreement": 1 is the starting model's own answers."""
+
+    @property
+    def interval(self) -> global___Interval:
+        """95 % bootstrap interval of the main metric, after training."""
+
+    def __init__(
+        self,
+        *,
+        metrics: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        main_metric: builtins.str = ...,
+        loss: builtins.float = ...,
+        samples: builtins.int = ...,
+        interval: global___Interval | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["interval", b"interval"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["interval", b"interval", "loss", b"loss", "main_metric", b"main_metric", "metrics", b"metrics", "samples", b"samples"]) -> None: ...
+
+global___GeneralResult = GeneralResult
+
+@typing.final
+class GuardCurve(google.protobuf.message.Message):
+    """Models on the way from the starting weights to the trained ones."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POINTS_FIELD_NUMBER: builtins.int
+    CHOSEN_FIELD_NUMBER: builtins.int
+    TOLERANCE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    PICTURE_FIELD_NUMBER: builtins.int
+    EMA_DECAY_FIELD_NUMBER: builtins.int
+    chosen: builtins.int
+    """Place of the published one in `points`."""
+    tolerance: builtins.float
+    """General loss that was allowed."""
+    reason: builtins.str
+    """Why this one, for a person."""
+    picture: builtins.str
+    """The curve, in the job's folder, such as "pictures/guard-00000120.png"."""
+    ema_decay: builtins.float
+    """The trained weights were a running mean with this decay; 0: they were not."""
+    @property
+    def points(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GuardPoint]:
+        """By share, the starting model first."""
+
+    def __init__(
+        self,
+        *,
+        points: collections.abc.Iterable[global___GuardPoint] | None = ...,
+        chosen: builtins.int = ...,
+        tolerance: builtins.float = ...,
+        reason: builtins.str = ...,
+        picture: builtins.str = ...,
+        ema_decay: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chosen", b"chosen", "ema_decay", b"ema_decay", "picture", b"picture", "points", b"points", "reason", b"reason", "tolerance", b"tolerance"]) -> None: ...
+
+global___GuardCurve = GuardCurve
+
+@typing.final
+class GuardPoint(google.protobuf.message.Message):
+    """One model of a guard's curve."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARE_FIELD_NUMBER: builtins.int
+    DOMAIN_FIELD_NUMBER: builtins.int
+    DOMAIN_GAIN_FIELD_NUMBER: builtins.int
+    GENERAL_FIELD_NUMBER: builtins.int
+    GENERAL_LOSS_FIELD_NUMBER: builtins.int
+    share: builtins.float
+    """Of the way from the starting weights to the trained ones."""
+    domain: builtins.float
+    """Main metric of the domain's validation rows, and its gain over the starting model."""
+    domain_gain: builtins.float
+    general: builtins.float
+    """Main metric of the general probe, and its loss against the starting model."""
+    general_loss: builtins.float
+    def __init__(
+        self,
+        *,
+        share: builtins.float = ...,
+        domain: builtins.float = ...,
+        domain_gain: builtins.float = ...,
+        general: builtins.float = ...,
+        general_loss: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["domain", b"domain", "domain_gain", b"domain_gain", "general", b"general", "general_loss", b"general_loss", "share", b"share"]) -> None: ...
+
+global___GuardPoint = GuardPoint
 
 @typing.final
 class ResolutionSweep(google.protobuf.message.Message):

@@ -31,6 +31,7 @@ class JobSpec(google.protobuf.message.Message):
     RESOURCES_FIELD_NUMBER: builtins.int
     DOMAIN_FIELD_NUMBER: builtins.int
     TUNE_FIELD_NUMBER: builtins.int
+    GUARD_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Shown in lists and part of the job's id. Letters, digits, "-", "_", "."; at most 64."""
     domain: builtins.str
@@ -59,6 +60,8 @@ class JobSpec(google.protobuf.message.Message):
         other settings, and ends with the best of them as a spec to run again.
         """
 
+    @property
+    def guard(self) -> global___GuardSpec: ...
     def __init__(
         self,
         *,
@@ -73,9 +76,10 @@ class JobSpec(google.protobuf.message.Message):
         resources: global___ResourceSpec | None = ...,
         domain: builtins.str = ...,
         tune: global___TuneSpec | None = ...,
+        guard: global___GuardSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> None: ...
 
 global___JobSpec = JobSpec
 
@@ -828,6 +832,7 @@ class ResourceSpec(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     MAX_RETRIES_FIELD_NUMBER: builtins.int
     MEMORY_GIB_FIELD_NUMBER: builtins.int
+    PRICE_PER_HOUR_FIELD_NUMBER: builtins.int
     device: builtins.str
     """"auto", "cpu", "mps", "cuda" or "cuda:N". Default "auto"."""
     threads: builtins.int
@@ -836,6 +841,8 @@ class ResourceSpec(google.protobuf.message.Message):
     """Starts after a crash before the job fails. Default 2."""
     memory_gib: builtins.float
     """Memory of the device that the job may use, in GiB. Default: what is free, less a reserve."""
+    price_per_hour: builtins.float
+    """What an hour of the device costs, in any currency: the job's report tells the sum. Default: none is told."""
     def __init__(
         self,
         *,
@@ -843,17 +850,123 @@ class ResourceSpec(google.protobuf.message.Message):
         threads: builtins.int | None = ...,
         max_retries: builtins.int | None = ...,
         memory_gib: builtins.float | None = ...,
+        price_per_hour: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_threads", b"_threads", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "threads", b"threads"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_threads", b"_threads", "device", b"device", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "threads", b"threads"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_price_per_hour", b"_price_per_hour", "_threads", b"_threads", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "price_per_hour", b"price_per_hour", "threads", b"threads"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_retries", b"_max_retries", "_memory_gib", b"_memory_gib", "_price_per_hour", b"_price_per_hour", "_threads", b"_threads", "device", b"device", "max_retries", b"max_retries", "memory_gib", b"memory_gib", "price_per_hour", b"price_per_hour", "threads", b"threads"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_retries", b"_max_retries"]) -> typing.Literal["max_retries"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_memory_gib", b"_memory_gib"]) -> typing.Literal["memory_gib"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_price_per_hour", b"_price_per_hour"]) -> typing.Literal["price_per_hour"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_threads", b"_threads"]) -> typing.Literal["threads"] | None: ...
 
 global___ResourceSpec = ResourceSpec
+
+@typing.final
+class GuardSpec(google.protobuf.message.Message):
+    """What keeps a model from forgetting what it knew before. It guards models with pretrained weights; random ones know
+    nothing yet.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    OFF_FIELD_NUMBER: builtins.int
+    PROBE_FIELD_NUMBER: builtins.int
+    EMA_DECAY_FIELD_NUMBER: builtins.int
+    L2_SP_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
+    TOLERANCE_FIELD_NUMBER: builtins.int
+    off: builtins.bool
+    """No probe, and the last weights are published as they are."""
+    ema_decay: builtins.float
+    """A running mean of the weights (EMA) is evaluated and published in place of the last ones: its decay a step, such
+    as 0.999. Default 0: none.
+    """
+    l2_sp: builtins.float
+    """L2-SP (Li et al. 2018): each step draws weights that take decay towards those that training started from, by this
+    times the learning rate. Default 0.
+    """
+    tolerance: builtins.float
+    """The point with the best main metric is published whose general loss is no more than this: 0.01 is one point of
+    the probe's metric. Default 0.01; without probe data 0.1, of the agreement.
+    """
+    @property
+    def probe(self) -> global___ProbeSpec:
+        """General images and texts, measured beside the domain. Unset: how far the model still answers as the one that
+        training started from, on the job's own validation images in everyday words.
+        """
+
+    @property
+    def points(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """WiSE-FT (Wortsman et al. 2022): shares of the way from the starting weights to the trained ones that are measured
+        after training, between 0 and 1, rising; 0 and 1 are always among them. Default 0.2, 0.4, 0.6, 0.8.
+        """
+
+    def __init__(
+        self,
+        *,
+        off: builtins.bool = ...,
+        probe: global___ProbeSpec | None = ...,
+        ema_decay: builtins.float | None = ...,
+        l2_sp: builtins.float | None = ...,
+        points: collections.abc.Iterable[builtins.float] | None = ...,
+        tolerance: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_ema_decay", b"_ema_decay", "_l2_sp", b"_l2_sp", "_tolerance", b"_tolerance", "ema_decay", b"ema_decay", "l2_sp", b"l2_sp", "probe", b"probe", "tolerance", b"tolerance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_ema_decay", b"_ema_decay", "_l2_sp", b"_l2_sp", "_tolerance", b"_tolerance", "ema_decay", b"ema_decay", "l2_sp", b"l2_sp", "off", b"off", "points", b"points", "probe", b"probe", "tolerance", b"tolerance"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_ema_decay", b"_ema_decay"]) -> typing.Literal["ema_decay"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_l2_sp", b"_l2_sp"]) -> typing.Literal["l2_sp"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tolerance", b"_tolerance"]) -> typing.Literal["tolerance"] | None: ...
+
+global___GuardSpec = GuardSpec
+
+@typing.final
+class ProbeSpec(google.protobuf.message.Message):
+    """General images with texts, or with labels, that the job does not train on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    IMAGE_ROOT_FIELD_NUMBER: builtins.int
+    IMAGE_COLUMN_FIELD_NUMBER: builtins.int
+    CAPTION_COLUMN_FIELD_NUMBER: builtins.int
+    LABEL_COLUMN_FIELD_NUMBER: builtins.int
+    MAX_IMAGES_FIELD_NUMBER: builtins.int
+    MAIN_METRIC_FIELD_NUMBER: builtins.int
+    data: builtins.str
+    """One of the forms of `DataSpec.train`. All rows count, whatever their split."""
+    image_root: builtins.str
+    """As in `DataSpec`."""
+    image_column: builtins.str
+    caption_column: builtins.str
+    label_column: builtins.str
+    """Class of the image: zero-shot accuracy is measured too."""
+    max_images: builtins.int
+    """A fixed sample of more images than these. Default 1000."""
+    main_metric: builtins.str
+    """What its loss is told in. Default: balanced accuracy where there are labels, else recall@1 of text from image."""
+    def __init__(
+        self,
+        *,
+        data: builtins.str = ...,
+        image_root: builtins.str = ...,
+        image_column: builtins.str = ...,
+        caption_column: builtins.str = ...,
+        label_column: builtins.str = ...,
+        max_images: builtins.int | None = ...,
+        main_metric: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_max_images", b"_max_images", "max_images", b"max_images"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_max_images", b"_max_images", "caption_column", b"caption_column", "data", b"data", "image_column", b"image_column", "image_root", b"image_root", "label_column", b"label_column", "main_metric", b"main_metric", "max_images", b"max_images"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_max_images", b"_max_images"]) -> typing.Literal["max_images"] | None: ...
+
+global___ProbeSpec = ProbeSpec
 
 @typing.final
 class TuneSpec(google.protobuf.message.Message):

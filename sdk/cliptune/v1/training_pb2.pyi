@@ -239,6 +239,41 @@ class ControlJobResponse(google.protobuf.message.Message):
 global___ControlJobResponse = ControlJobResponse
 
 @typing.final
+class GetJobReportRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: builtins.int
+    job_id: builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["job_id", b"job_id"]) -> None: ...
+
+global___GetJobReportRequest = GetJobReportRequest
+
+@typing.final
+class GetJobReportResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HTML_FIELD_NUMBER: builtins.int
+    JSON_FIELD_NUMBER: builtins.int
+    html: builtins.str
+    """A page that is readable on its own: styles and pictures are in it, and it reaches for nothing."""
+    json: builtins.str
+    """The same figures as a JSON object."""
+    def __init__(
+        self,
+        *,
+        html: builtins.str = ...,
+        json: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["html", b"html", "json", b"json"]) -> None: ...
+
+global___GetJobReportResponse = GetJobReportResponse
+
+@typing.final
 class SessionRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

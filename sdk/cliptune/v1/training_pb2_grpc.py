@@ -65,6 +65,11 @@ class TrainingServiceStub(object):
                 request_serializer=cliptune_dot_v1_dot_training__pb2.ControlJobRequest.SerializeToString,
                 response_deserializer=cliptune_dot_v1_dot_training__pb2.ControlJobResponse.FromString,
                 _registered_method=True)
+        self.GetJobReport = channel.unary_unary(
+                '/cliptune.v1.TrainingService/GetJobReport',
+                request_serializer=cliptune_dot_v1_dot_training__pb2.GetJobReportRequest.SerializeToString,
+                response_deserializer=cliptune_dot_v1_dot_training__pb2.GetJobReportResponse.FromString,
+                _registered_method=True)
         self.Session = channel.stream_stream(
                 '/cliptune.v1.TrainingService/Session',
                 request_serializer=cliptune_dot_v1_dot_training__pb2.SessionRequest.SerializeToString,
@@ -117,6 +122,13 @@ class TrainingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetJobReport(self, request, context):
+        """What a job that has succeeded leaves for people and for programs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Session(self, request_iterator, context):
         """Watches and controls many jobs over one stream.
         """
@@ -156,6 +168,11 @@ def add_TrainingServiceServicer_to_server(servicer, server):
                     servicer.ControlJob,
                     request_deserializer=cliptune_dot_v1_dot_training__pb2.ControlJobRequest.FromString,
                     response_serializer=cliptune_dot_v1_dot_training__pb2.ControlJobResponse.SerializeToString,
+            ),
+            'GetJobReport': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetJobReport,
+                    request_deserializer=cliptune_dot_v1_dot_training__pb2.GetJobReportRequest.FromString,
+                    response_serializer=cliptune_dot_v1_dot_training__pb2.GetJobReportResponse.SerializeToString,
             ),
             'Session': grpc.stream_stream_rpc_method_handler(
                     servicer.Session,
@@ -326,6 +343,33 @@ class TrainingService(object):
             '/cliptune.v1.TrainingService/ControlJob',
             cliptune_dot_v1_dot_training__pb2.ControlJobRequest.SerializeToString,
             cliptune_dot_v1_dot_training__pb2.ControlJobResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetJobReport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cliptune.v1.TrainingService/GetJobReport',
+            cliptune_dot_v1_dot_training__pb2.GetJobReportRequest.SerializeToString,
+            cliptune_dot_v1_dot_training__pb2.GetJobReportResponse.FromString,
             options,
             channel_credentials,
             insecure,

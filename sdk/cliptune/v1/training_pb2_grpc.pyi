@@ -57,6 +57,12 @@ class TrainingServiceStub:
     FAILED_PRECONDITION names the state when the state does not allow it.
     """
 
+    GetJobReport: grpc.UnaryUnaryMultiCallable[
+        cliptune.v1.training_pb2.GetJobReportRequest,
+        cliptune.v1.training_pb2.GetJobReportResponse,
+    ]
+    """What a job that has succeeded leaves for people and for programs."""
+
     Session: grpc.StreamStreamMultiCallable[
         cliptune.v1.training_pb2.SessionRequest,
         cliptune.v1.training_pb2.SessionResponse,
@@ -101,6 +107,12 @@ class TrainingServiceAsyncStub:
     """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
     FAILED_PRECONDITION names the state when the state does not allow it.
     """
+
+    GetJobReport: grpc.aio.UnaryUnaryMultiCallable[
+        cliptune.v1.training_pb2.GetJobReportRequest,
+        cliptune.v1.training_pb2.GetJobReportResponse,
+    ]
+    """What a job that has succeeded leaves for people and for programs."""
 
     Session: grpc.aio.StreamStreamMultiCallable[
         cliptune.v1.training_pb2.SessionRequest,
@@ -158,6 +170,14 @@ class TrainingServiceServicer(metaclass=abc.ABCMeta):
         """Returns when the job has carried the command out: after a pause it is PAUSED, after a cancel CANCELLED.
         FAILED_PRECONDITION names the state when the state does not allow it.
         """
+
+    @abc.abstractmethod
+    def GetJobReport(
+        self,
+        request: cliptune.v1.training_pb2.GetJobReportRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[cliptune.v1.training_pb2.GetJobReportResponse, collections.abc.Awaitable[cliptune.v1.training_pb2.GetJobReportResponse]]:
+        """What a job that has succeeded leaves for people and for programs."""
 
     @abc.abstractmethod
     def Session(
