@@ -24,6 +24,7 @@ from cliptune.errors import CliptuneError, InternalError, ModelStateError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
+from cliptune_model.acceleration.folded import fold
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
 from cliptune_model.exported import MANIFEST_FILE, load_exported, read_manifest
@@ -216,7 +217,8 @@ class ModelSet:
             torch.cuda.empty_cache()
 
     def _read(self, path: str) -> tuple[Towers, tuple[int, ...]]:
-        clip = load_exported(Path(path), device=self.device)
+        clip, folded = fold(load_exported(Path(path), device=self.device))
+        _log.info("folded_towers = %s: %s", folded.value, folded.reason, extra={"path": path})
         install(clip.model, self._attention)
         told = (Path(path) / MANIFEST_FILE).is_file()
         return Towers(clip), tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()

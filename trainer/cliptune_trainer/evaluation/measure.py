@@ -15,6 +15,7 @@ import numpy as np
 
 from cliptune.evaluation import Interval
 from cliptune.metric_names import CALIBRATION_ERROR, DIRECTIONS
+from cliptune_model.acceleration.folded import fold
 from cliptune_model.clip import Clip
 from cliptune_model.zero_shot import class_embeddings
 from cliptune_trainer.data.dataset import Pairs
@@ -72,8 +73,9 @@ def evaluate(
     _, caption_rows = np.unique(pairs.caption_ids, return_index=True)
     scorer = Scorer(clip)
     with evaluation_mode(clip.model):
+        folded, _ = fold(clip)
         images = embed_images(
-            clip, [pairs.pairs[row].image for row in image_rows], pairs.reading, batch_size, check
+            folded, [pairs.pairs[row].image for row in image_rows], pairs.reading, batch_size, check
         )
         texts_TP = embed_texts(clip, [pairs.pairs[row].caption for row in caption_rows], batch_size, check)
         truth = Truth.of(pairs, classes, several_labels=several_labels).readable(images.readable_I)
