@@ -12,10 +12,11 @@ BUF := .tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
 setup: $(STAMP)
 
 # Rebuilt only when what it was made from changes: the second run installs nothing.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt mini/pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "cliptune needs Python 3.11 to 3.13, and $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % v)'
+	@echo 'Installs elpv-dataset for the demo: solar cell images, CC BY-NC-SA 4.0, non-commercial use only.'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]' --editable ./mini
 	@touch $@
 
 demo: setup
