@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import PIL.ImageDraw
 import pytest
 
 from cliptune import Client
@@ -45,6 +47,17 @@ def test_a_fresh_daemon_answers_with_the_embedded_model_until_another_is_served(
     with running_daemon(home, flags=SERVE, environment=environment) as daemon, Client(daemon.grpc) as client:
         assert [model.version for model in client.list_models(NAME)] == [1]
         assert client.embed_texts(["a cat"], model="shapes").model == "shapes:1"
+
+
+def test_the_model_that_ships_classifies_an_image_without_being_asked_for(tmp_path: Path) -> None:
+    image = PIL.Image.new("RGB", (160, 120), "white")
+    PIL.ImageDraw.Draw(image).ellipse((40, 20, 120, 100), fill="red")
+    image.save(tmp_path / "circle.png")
+    with running_daemon(tmp_path / "home", flags=SERVE) as daemon, Client(daemon.grpc) as client:
+        (answer,) = client.classify([tmp_path / "circle.png"], ["a red circle", "a blue circle"])
+        assert answer.label == "a red circle"
+        assert [model.name for model in client.list_models()] == [NAME]
+        assert "folded_towers = on" in daemon.log.read_text()
 
 
 def test_a_damaged_package_is_not_served_and_the_daemon_says_why(package: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="home of the demo's daemon; kept, so that `cliptune serve --home DIR` serves the result "
         "(default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
+    parser.add_argument(
+        "--epochs", type=int, metavar="N", help="whole passes over the training images (default: half a one)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda (default: %(default)s)")
 
 
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 demo = Verb(
     name="demo",
-    summary="fine-tune on real solar cell images, watch, serve the result, classify",
+    summary="fine-tune cliptune-mini on real solar cell images, watch, serve the result, classify",
     examples=("cliptune demo", "cliptune demo --epochs 4 --home /tmp/demo"),
     add_arguments=add_arguments,
     run=run,

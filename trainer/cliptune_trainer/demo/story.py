@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from cliptune import Client, Evaluation, JobEvent
 from cliptune.cli.follow import follow
+from cliptune.embedded import DEFAULT_MODEL
 from cliptune.errors import InternalError, UnavailableError
 from cliptune_trainer.demo import elpv
 
@@ -32,16 +33,21 @@ SERVED_CELLS: Final = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
-    """What the demo runs with."""
+    """What the demo runs with.
+
+    Half a pass by default: 864 of the 1,752 training images, each seen once, suffice for a clear gain and are
+    a few minutes' work for two cores.
+    """
 
     home: Path
     device: str = "auto"
-    epochs: int = 6
-    batch_size: int = 64
+    epochs: int = 1
+    max_steps: int | None = 27
+    batch_size: int = 32
 
     def with_epochs(self, epochs: int) -> DemoConfig:
-        """The same with another number of passes."""
-        return dataclasses.replace(self, epochs=epochs)
+        """The same with so many whole passes."""
+        return dataclasses.replace(self, epochs=epochs, max_steps=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +109,7 @@ def job_spec(config: DemoConfig, table: Path, images: Path) -> dict[str, Any]:
     """The job, as a mapping of the form that a TOML file has."""
     return {
         "name": "solar-cells",
-        "model": {"name": "cliptune-tiny-vit"},
+        "model": {"name": DEFAULT_MODEL},
         "data": {
             "train": str(table),
             "image_root": str(images),
@@ -114,14 +120,15 @@ def job_spec(config: DemoConfig, table: Path, images: Path) -> dict[str, Any]:
         },
         "train": {
             "epochs": config.epochs,
+            **({"max_steps": config.max_steps} if config.max_steps else {}),
             "batch_size": config.batch_size,
-            "learning_rate": 1e-3,
+            "learning_rate": 3e-4,
             "progress_every_steps": 9,
         },
         "loss": {"name": "multi_positive"},
         "evaluation": {
             "classes": [{"label": k, "prompts": v} for k, v in elpv.class_prompts().items()],
-            "every_epochs": 2,
+            "every_epochs": 0,
         },
         "publish": {"model": "solar-cells", "aliases": ["prod"]},
         "resources": {"device": config.device},
