@@ -69,6 +69,7 @@ def write(name: str, state: dict[str, Tensor], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)  # safetensors' is private
     config = {"model_cfg": towers.MODEL_CONFIG[name], "preprocess_cfg": towers.preprocess_config(name)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     size = int(towers.MODEL_CONFIG[name]["vision_cfg"]["image_size"])

@@ -2,7 +2,7 @@
 
 Enters: preprocessed images or tokens, stacked, on the CPU. Leaves: features as numpy, of unit length where
 the model's similarity looks at directions alone. Called on the device's thread only, but for `stack`.
-Computed in fp32 and in inference mode, so that a vector equals plain open_clip's.
+Computed in fp32 and in inference mode, so that a vector equals plain open_clip's to rounding.
 
 Shape suffixes: N items, C channels, H height, W width, L tokens, D embedding.
 """
