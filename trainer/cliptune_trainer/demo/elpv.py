@@ -19,6 +19,7 @@ from typing import Final
 
 from cliptune.errors import DataError
 
+PACKAGE: Final = "elpv_dataset"
 LICENCE: Final = "CC BY-NC-SA 4.0: non-commercial use only (ELPV data set, Deitsch et al. 2019)"
 
 CELLS_PER_BLOCK: Final = 60
@@ -69,9 +70,9 @@ def installed_folder() -> Path:
     Raises:
         DataError: the package is not installed.
     """
-    spec = find_spec("elpv_dataset")
+    spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise DataError("the ELPV data set is not installed: pip install 'cliptune[demo]'")
+        raise DataError(f"the ELPV data set is not installed: pip install 'cliptune[demo]'. {LICENCE}")
     return Path(spec.origin).parent / "data"
 
 
