@@ -175,7 +175,10 @@ def test_a_folded_convolution_is_the_three_layers(
             folded = FoldedConvolution(convolution, norm, norm.act, maps_BCHW.shape, rows=2, fused=fused)
             found = folded(maps_BCHW)
             found = found if folded.activates else norm.act(found)
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+            other = maps_BCHW[..., 1:, :-2]  # another size: what is padded follows from it
+            found = folded(other) if folded.activates else norm.act(folded(other))
+            torch.testing.assert_close(found, norm(convolution(other)), rtol=1e-4, atol=1e-5)
 
 
 def test_padding_that_cannot_be_made_even_is_not_taken() -> None:

@@ -8,6 +8,7 @@ K and L its kernel's height and width.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -26,7 +27,7 @@ _IN_KERNEL: Final[dict[type[nn.Module], tuple[str, list[float]]]] = {
 
 
 class FoldedConvolution(nn.Module):
-    """`activation(norm(convolution(x)))` in one convolution, for inputs of one height and width.
+    """`activation(norm(convolution(x)))` in one convolution, quickest for inputs of one height and width.
 
     Attributes:
         activates: the activation is computed too; otherwise it is to follow.
@@ -44,12 +45,17 @@ class FoldedConvolution(nn.Module):
     ) -> None:
         """`rows`: images that mostly come together. `fused`: by oneDNN's own operator."""
         super().__init__()
-        before, after = zip(*_padding(convolution, input_BCHW), strict=True)
+        before, after = zip(*_padding(convolution, input_BCHW[2:]), strict=True)
+        self._size: Final = input_BCHW[2:]
+        # Padding that follows from the size of the input is found anew for another; this keeps no weights.
+        same = type(convolution) is Conv2dSame
+        self._same: Final = (copy.deepcopy(convolution).to("meta"),) if same else ()
         weight_OIKL, bias_O = _folded_weights(convolution, norm)
         # Padding on one side alone would be a copy of the input: a row and a column of zeros in front of the
         # kernel and equal padding read the same.
         grown = [b != a for b, a in zip(before, after, strict=True)]
         weight_OIKL = F.pad(weight_OIKL, (int(grown[1]), 0, int(grown[0]), 0))
+        self._grown: Final = grown
         self._weight = weight_OIKL.contiguous(memory_format=torch.channels_last)
         self._bias = bias_O
         self._geometry: Final = ([*after], [*convolution.stride], [*convolution.dilation], convolution.groups)
@@ -70,7 +76,7 @@ class FoldedConvolution(nn.Module):
         """Whether this convolution can be one of these."""
         if convolution.padding_mode != "zeros" or isinstance(convolution.padding, str):
             return False
-        padding = zip(_padding(convolution, input_BCHW), convolution.dilation, strict=True)
+        padding = zip(_padding(convolution, input_BCHW[2:]), convolution.dilation, strict=True)
         return all(
             after == before or (after == before + 1 and dilation == 1)
             for (before, after), dilation in padding
@@ -79,6 +85,10 @@ class FoldedConvolution(nn.Module):
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """[B, C, H, W] → [B, O, H', W']."""
         padding, stride, dilation, groups = self._geometry
+        if self._same and images_BCHW.shape[2:] != self._size:
+            rows, columns = _padding(self._same[0], images_BCHW.shape[2:])
+            around = (columns[0] + self._grown[1], columns[1], rows[0] + self._grown[0], rows[1])
+            images_BCHW, padding = F.pad(images_BCHW, around), [0, 0]
         if self._kernel is None:
             return F.conv2d(images_BCHW, self._weight, self._bias, stride, padding, dilation, groups)
         return self._kernel(
@@ -109,13 +119,13 @@ class InParts(nn.Module):
         return torch.cat([self.tower(part_BCHW) for part_BCHW in parts])
 
 
-def _padding(convolution: nn.Conv2d, input_BCHW: torch.Size) -> list[tuple[int, int]]:
+def _padding(convolution: nn.Conv2d, input_HW: torch.Size) -> list[tuple[int, int]]:
     """Before and after, of height and of width."""
     if type(convolution) is not Conv2dSame:
         return [(int(size), int(size)) for size in convolution.padding]
     totals = []
     for size, kernel, stride, dilation in zip(
-        input_BCHW[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
+        input_HW, convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
     ):
         # TensorFlow's "same": as many outputs as strides fit, the odd one at the end.
         totals.append(max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0))
