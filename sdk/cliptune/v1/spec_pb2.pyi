@@ -32,6 +32,7 @@ class JobSpec(google.protobuf.message.Message):
     DOMAIN_FIELD_NUMBER: builtins.int
     TUNE_FIELD_NUMBER: builtins.int
     GUARD_FIELD_NUMBER: builtins.int
+    ADAPTER_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Shown in lists and part of the job's id. Letters, digits, "-", "_", "."; at most 64."""
     domain: builtins.str
@@ -62,6 +63,8 @@ class JobSpec(google.protobuf.message.Message):
 
     @property
     def guard(self) -> global___GuardSpec: ...
+    @property
+    def adapter(self) -> global___AdapterSpec: ...
     def __init__(
         self,
         *,
@@ -77,9 +80,10 @@ class JobSpec(google.protobuf.message.Message):
         domain: builtins.str = ...,
         tune: global___TuneSpec | None = ...,
         guard: global___GuardSpec | None = ...,
+        adapter: global___AdapterSpec | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["adapter", b"adapter", "checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "checkpoint", b"checkpoint", "data", b"data", "domain", b"domain", "evaluation", b"evaluation", "guard", b"guard", "loss", b"loss", "model", b"model", "name", b"name", "publish", b"publish", "resources", b"resources", "train", b"train", "tune", b"tune"]) -> None: ...
 
 global___JobSpec = JobSpec
 
@@ -365,6 +369,9 @@ class TrainSpec(google.protobuf.message.Message):
     MICRO_BATCH_SIZE_FIELD_NUMBER: builtins.int
     COMPILE_FIELD_NUMBER: builtins.int
     RESOLUTION_FIELD_NUMBER: builtins.int
+    FREEZE_FIELD_NUMBER: builtins.int
+    LAYER_DECAY_FIELD_NUMBER: builtins.int
+    PROBE_FRACTION_FIELD_NUMBER: builtins.int
     epochs: builtins.int
     """Passes over the training rows. Default 5."""
     max_steps: builtins.int
@@ -401,10 +408,18 @@ class TrainSpec(google.protobuf.message.Message):
     """Pairs that go through the towers at once. Default: as many as fit."""
     compile: builtins.str
     """Compile the towers: "auto", "on" or "off". Default "auto"."""
+    layer_decay: builtins.float
+    """Each layer's learning rate is that of the layer above it, times this (BEiT, Bao et al. 2022, appendix). Default 1."""
+    probe_fraction: builtins.float
+    """Share of the steps, the first ones, in which only the towers' last projections are trained; then all weights
+    (linear probing, then fine-tuning; Kumar et al. 2022). Default 0.
+    """
     @property
     def resolution(self) -> global___ResolutionSpec:
         """How large images are over the course of training. Unset: the model's own size."""
 
+    @property
+    def freeze(self) -> global___FreezeSpec: ...
     def __init__(
         self,
         *,
@@ -424,9 +439,12 @@ class TrainSpec(google.protobuf.message.Message):
         micro_batch_size: builtins.int | None = ...,
         compile: builtins.str = ...,
         resolution: global___ResolutionSpec | None = ...,
+        freeze: global___FreezeSpec | None = ...,
+        layer_decay: builtins.float | None = ...,
+        probe_fraction: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "attention", b"attention", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "clip_norm", b"clip_norm", "compile", b"compile", "epochs", b"epochs", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "precision", b"precision", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_layer_decay", b"_layer_decay", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_probe_fraction", b"_probe_fraction", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "clip_norm", b"clip_norm", "epochs", b"epochs", "freeze", b"freeze", "layer_decay", b"layer_decay", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "probe_fraction", b"probe_fraction", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_batch_size", b"_batch_size", "_clip_norm", b"_clip_norm", "_epochs", b"_epochs", "_layer_decay", b"_layer_decay", "_learning_rate", b"_learning_rate", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_probe_fraction", b"_probe_fraction", "_progress_every_steps", b"_progress_every_steps", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "attention", b"attention", "batch_size", b"batch_size", "checkpointing", b"checkpointing", "clip_norm", b"clip_norm", "compile", b"compile", "epochs", b"epochs", "freeze", b"freeze", "layer_decay", b"layer_decay", "learning_rate", b"learning_rate", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "precision", b"precision", "probe_fraction", b"probe_fraction", "progress_every_steps", b"progress_every_steps", "resolution", b"resolution", "schedule", b"schedule", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_batch_size", b"_batch_size"]) -> typing.Literal["batch_size"] | None: ...
     @typing.overload
@@ -434,11 +452,15 @@ class TrainSpec(google.protobuf.message.Message):
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_epochs", b"_epochs"]) -> typing.Literal["epochs"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_layer_decay", b"_layer_decay"]) -> typing.Literal["layer_decay"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_max_steps", b"_max_steps"]) -> typing.Literal["max_steps"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_micro_batch_size", b"_micro_batch_size"]) -> typing.Literal["micro_batch_size"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_probe_fraction", b"_probe_fraction"]) -> typing.Literal["probe_fraction"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_progress_every_steps", b"_progress_every_steps"]) -> typing.Literal["progress_every_steps"] | None: ...
     @typing.overload
@@ -449,6 +471,73 @@ class TrainSpec(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_weight_decay", b"_weight_decay"]) -> typing.Literal["weight_decay"] | None: ...
 
 global___TrainSpec = TrainSpec
+
+@typing.final
+class FreezeSpec(google.protobuf.message.Message):
+    """Towers that stay as they are (LiT, Zhai et al. 2022, freezes the image tower)."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    IMAGE_FIELD_NUMBER: builtins.int
+    TEXT_FIELD_NUMBER: builtins.int
+    image: builtins.bool
+    text: builtins.bool
+    def __init__(
+        self,
+        *,
+        image: builtins.bool = ...,
+        text: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["image", b"image", "text", b"text"]) -> None: ...
+
+global___FreezeSpec = FreezeSpec
+
+@typing.final
+class AdapterSpec(google.protobuf.message.Message):
+    """Small additions that are trained in place of the model's own weights."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    ALPHA_FIELD_NUMBER: builtins.int
+    DROPOUT_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"none" (the model's own weights are trained), "lora" (Hu et al. 2021) or "bottleneck" (Houlsby et al. 2019).
+    Default "none".
+    """
+    rank: builtins.int
+    """Of LoRA's products; width of a bottleneck. Default 2 for LoRA, 16 for a bottleneck."""
+    alpha: builtins.float
+    """A product is multiplied by alpha / rank. Of LoRA alone. Default: the rank's half."""
+    dropout: builtins.float
+    """Of what enters the addition, while training. Default 0.25 for LoRA, 0 for a bottleneck."""
+    @property
+    def targets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Layers that get one: "q", "k", "v", "o" (attention's projections), "mlp", "pointwise" (1 × 1 convolutions).
+        A bottleneck follows "o" and the last layer of "mlp" alone. Default: all of them that the model has.
+        """
+
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        rank: builtins.int | None = ...,
+        alpha: builtins.float | None = ...,
+        dropout: builtins.float | None = ...,
+        targets: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "alpha", b"alpha", "dropout", b"dropout", "kind", b"kind", "rank", b"rank", "targets", b"targets"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_dropout", b"_dropout"]) -> typing.Literal["dropout"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rank", b"_rank"]) -> typing.Literal["rank"] | None: ...
+
+global___AdapterSpec = AdapterSpec
 
 @typing.final
 class ResolutionSpec(google.protobuf.message.Message):
@@ -798,12 +887,18 @@ class PublishSpec(google.protobuf.message.Message):
     ALIASES_FIELD_NUMBER: builtins.int
     SERVE_FIELD_NUMBER: builtins.int
     SKIP_FIELD_NUMBER: builtins.int
+    FORM_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Name in the registry. Default: the job's name."""
     serve: builtins.bool
     """Load the new version for inference as soon as it is published. Default true."""
     skip: builtins.bool
     """Publish nothing: the job ends with its evaluation."""
+    form: builtins.str
+    """Of a job with an adapter: "merged" (the whole model, with the adapter in its weights; plain open_clip loads it) or
+    "adapter" (the adapter alone, a few megabytes, served over its base). A bottleneck cannot be merged. Default
+    "merged" for LoRA, "adapter" for a bottleneck.
+    """
     @property
     def aliases(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Aliases set to the new version, such as "prod"."""
@@ -815,9 +910,10 @@ class PublishSpec(google.protobuf.message.Message):
         aliases: collections.abc.Iterable[builtins.str] | None = ...,
         serve: builtins.bool | None = ...,
         skip: builtins.bool = ...,
+        form: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_serve", b"_serve", "serve", b"serve"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_serve", b"_serve", "aliases", b"aliases", "model", b"model", "serve", b"serve", "skip", b"skip"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_serve", b"_serve", "aliases", b"aliases", "form", b"form", "model", b"model", "serve", b"serve", "skip", b"skip"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_serve", b"_serve"]) -> typing.Literal["serve"] | None: ...
 
 global___PublishSpec = PublishSpec
