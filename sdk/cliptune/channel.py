@@ -44,6 +44,7 @@ SAFE_METHODS: Final = (
     "ModelService/GetModel",
     "ModelService/LoadModel",
     "ModelService/SetAlias",
+    "ModelService/SetTraffic",
     "DataService/ListDatasets",
     "DataService/GetDataset",
     "InferenceService/EmbedImages",

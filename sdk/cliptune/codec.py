@@ -227,6 +227,21 @@ def set_alias(model: str, alias: str) -> Call[Model]:
     )
 
 
+def set_traffic(model: str, shares: Mapping[int, float], shadow: int) -> Call[Model]:
+    """Share the requests for NAME@ALIAS among versions; copy them to `shadow`."""
+    traffic = model_pb2.Traffic(
+        shares=[model_pb2.TrafficShare(version=each, share=share) for each, share in shares.items()],
+        shadow_version=shadow,
+    )
+    return Call(
+        method="ModelService/SetTraffic",
+        request=model_pb2.SetTrafficRequest(model=model, traffic=traffic),
+        answer=model_pb2.SetTrafficResponse,
+        parse=_model,
+        timeout_s=LONG_S,
+    )
+
+
 def delete_alias(name: str, alias: str) -> Call[None]:
     """The version it named stays."""
     return Call(

@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info, generate_latest
@@ -104,9 +105,14 @@ class Metrics:
         if seconds is not None:
             self._http_seconds.labels(method, route).observe(seconds)
 
-    def render(self, engine: EngineReading, jobs: JobReading) -> bytes:
-        """Everything in Prometheus's text format, CONTENT_TYPE."""
-        self._readings.engine, self._readings.jobs = engine, jobs
+    def render(
+        self,
+        engine: EngineReading,
+        jobs: JobReading,
+        shadows: Mapping[tuple[str, str], int] = MappingProxyType({}),
+    ) -> bytes:
+        """Everything in Prometheus's text format, CONTENT_TYPE. `shadows`: (model, outcome) → copies."""
+        self._readings.engine, self._readings.jobs, self._readings.shadows = engine, jobs, shadows
         return generate_latest(self.registry)
 
 
@@ -116,6 +122,7 @@ class _Readings(Collector):
     def __init__(self) -> None:
         self.engine = EngineReading()
         self.jobs = JobReading()
+        self.shadows: Mapping[tuple[str, str], int] = {}
         self._start_time_s = time.time()
 
     def collect(self) -> Iterable[Metric]:
@@ -123,6 +130,14 @@ class _Readings(Collector):
             "cliptune_start_time_seconds", "When the daemon started, in Unix time.", self._start_time_s
         )
         yield from self._engine()
+        copies = CounterMetricFamily(
+            "cliptune_shadow_requests",
+            "Copies of requests to a version on trial.",
+            labels=("model", "outcome"),
+        )
+        for labels, count in sorted(self.shadows.items()):
+            copies.add_metric(labels, count)
+        yield copies
         yield from self._jobs()
 
     def _engine(self) -> Iterable[Metric]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import cliptune.codec as codec
 from cliptune.aio.connection import AsyncConnection
 from cliptune.model import Model
@@ -29,6 +31,21 @@ class AsyncModelCalls(AsyncConnection):
     async def set_alias(self, model: str, alias: str, *, timeout_s: float | None = None) -> Model:
         """Point NAME@ALIAS at a version; where the alias is served, no request fails meanwhile."""
         return await self._run(codec.set_alias(model, alias), timeout_s)
+
+    async def set_traffic(
+        self,
+        model: str,
+        shares: Mapping[int, float] | None = None,
+        *,
+        shadow: int = 0,
+        timeout_s: float | None = None,
+    ) -> Model:
+        """Share the requests for "NAME@ALIAS": version → its part (0.1), the alias's own has the rest.
+
+        `shadow`: a version that gets copies, which are counted in the metrics and answered to nobody. Without
+        either, and when the alias moves, its own version answers all again.
+        """
+        return await self._run(codec.set_traffic(model, shares or {}, shadow), timeout_s)
 
     async def delete_alias(self, name: str, alias: str, *, timeout_s: float | None = None) -> None:
         """Remove NAME@ALIAS; the version stays."""

@@ -36,6 +36,10 @@ def _show(client: Client, options: argparse.Namespace) -> int:
     values = ", ".join(f"{name} {value:.4g}" for name, value in sorted(model.similarity_parameters.items()))
     print(f"compared by {model.similarity}" + (f" ({values})" if values else ""))
     print(f"created {moment(model.created)}" + (f" by job {model.job_id}" if model.job_id else ""))
+    for alias, traffic in sorted(model.message.traffic.items()):
+        parts = [f"{one.share:.3g} to {one.version}" for one in traffic.shares]
+        parts += [f"copies to {traffic.shadow_version}"] if traffic.shadow_version else []
+        print(f"of {alias}'s requests {', '.join(parts)}")
     print(f"loaded on {model.device}" if model.loaded else "not loaded")
     print(f"{model.path}, {size(model.bytes)}")
     if model.metrics:
@@ -69,6 +73,20 @@ def _changed(
         return 0
 
     return run
+
+
+def _traffic(client: Client, options: argparse.Namespace) -> Model:
+    return client.set_traffic(options.model, dict(options.shares), shadow=options.shadow)
+
+
+def _share(text: str) -> tuple[int, float]:
+    """ "2=10%" or "2=0.1"."""
+    version, _, share = text.partition("=")
+    try:
+        part = float(share.removesuffix("%")) / (100 if share.endswith("%") else 1)
+        return int(version), part
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no VERSION=SHARE, such as 2=10%") from None
 
 
 def _unalias(client: Client, options: argparse.Namespace) -> int:
@@ -106,6 +124,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         _changed(lambda client, o: client.set_alias(o.model, o.alias)),
     )
     alias.add_argument("alias", help="such as prod")
+    traffic = action("traffic", "share the requests for NAME@ALIAS among versions", _changed(_traffic))
+    traffic.add_argument(
+        "shares", nargs="*", type=_share, metavar="VERSION=SHARE", help="such as 2=10%%; none: all to its own"
+    )
+    traffic.add_argument(
+        "--shadow", type=int, default=0, metavar="VERSION", help="gets copies, and answers nobody"
+    )
     unalias = action("unalias", "remove an alias; the version stays", _unalias, of_model=False)
     unalias.add_argument("name", help="the model's name")
     unalias.add_argument("alias", help="such as prod")
@@ -125,6 +150,7 @@ models = Verb(
         "cliptune models list",
         "cliptune models alias cells:3 prod     # cells@prod now means version 3",
         "cliptune models load cells@prod",
+        "cliptune models traffic cells@prod 4=10%   # version 4 answers a tenth of the requests",
         "cliptune models show cells --json",
     ),
     add_arguments=_add_arguments,

@@ -51,6 +51,24 @@ class Model(google.protobuf.message.Message):
         ) -> None: ...
         def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
 
+    @typing.final
+    class TrafficEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> global___Traffic: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: global___Traffic | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     ALIASES_FIELD_NUMBER: builtins.int
@@ -68,6 +86,7 @@ class Model(google.protobuf.message.Message):
     SIMILARITY_PARAMETERS_FIELD_NUMBER: builtins.int
     SIZES_FIELD_NUMBER: builtins.int
     SERVING_SIZE_FIELD_NUMBER: builtins.int
+    TRAFFIC_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     loaded: builtins.bool
@@ -104,6 +123,10 @@ class Model(google.protobuf.message.Message):
     def sizes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ProvenSize]:
         """Image sizes that it was measured at after training, the smallest first. A request may ask for any of them."""
 
+    @property
+    def traffic(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Traffic]:
+        """Of each alias that points here and whose requests are shared."""
+
     def __init__(
         self,
         *,
@@ -124,9 +147,10 @@ class Model(google.protobuf.message.Message):
         similarity_parameters: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
         sizes: collections.abc.Iterable[global___ProvenSize] | None = ...,
         serving_size: builtins.int = ...,
+        traffic: collections.abc.Mapping[builtins.str, global___Traffic] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["created", b"created"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "serving_size", b"serving_size", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "sizes", b"sizes", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "serving_size", b"serving_size", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "sizes", b"sizes", "traffic", b"traffic", "version", b"version"]) -> None: ...
 
 global___Model = Model
 
@@ -327,6 +351,91 @@ class SetAliasResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
 
 global___SetAliasResponse = SetAliasResponse
+
+@typing.final
+class Traffic(google.protobuf.message.Message):
+    """How the requests for an alias are shared."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SHARES_FIELD_NUMBER: builtins.int
+    SHADOW_VERSION_FIELD_NUMBER: builtins.int
+    shadow_version: builtins.int
+    """Version that gets a copy of each request after its answer. 0: none."""
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___TrafficShare]:
+        """The version that the alias points at has what is left."""
+
+    def __init__(
+        self,
+        *,
+        shares: collections.abc.Iterable[global___TrafficShare] | None = ...,
+        shadow_version: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["shadow_version", b"shadow_version", "shares", b"shares"]) -> None: ...
+
+global___Traffic = Traffic
+
+@typing.final
+class TrafficShare(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    version: builtins.int
+    share: builtins.float
+    """Part of the requests: above 0, at most 1; together at most 1."""
+    def __init__(
+        self,
+        *,
+        version: builtins.int = ...,
+        share: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["share", b"share", "version", b"version"]) -> None: ...
+
+global___TrafficShare = TrafficShare
+
+@typing.final
+class SetTrafficRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    TRAFFIC_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """"NAME@ALIAS"."""
+    @property
+    def traffic(self) -> global___Traffic:
+        """Empty: the version that the alias points at answers all."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        traffic: global___Traffic | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["traffic", b"traffic"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model", "traffic", b"traffic"]) -> None: ...
+
+global___SetTrafficRequest = SetTrafficRequest
+
+@typing.final
+class SetTrafficResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    @property
+    def model(self) -> global___Model:
+        """The version that the alias points at."""
+
+    def __init__(
+        self,
+        *,
+        model: global___Model | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["model", b"model"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["model", b"model"]) -> None: ...
+
+global___SetTrafficResponse = SetTrafficResponse
 
 @typing.final
 class DeleteAliasRequest(google.protobuf.message.Message):

@@ -60,6 +60,11 @@ class ModelServiceStub(object):
                 request_serializer=cliptune_dot_v1_dot_model__pb2.SetAliasRequest.SerializeToString,
                 response_deserializer=cliptune_dot_v1_dot_model__pb2.SetAliasResponse.FromString,
                 _registered_method=True)
+        self.SetTraffic = channel.unary_unary(
+                '/cliptune.v1.ModelService/SetTraffic',
+                request_serializer=cliptune_dot_v1_dot_model__pb2.SetTrafficRequest.SerializeToString,
+                response_deserializer=cliptune_dot_v1_dot_model__pb2.SetTrafficResponse.FromString,
+                _registered_method=True)
         self.DeleteAlias = channel.unary_unary(
                 '/cliptune.v1.ModelService/DeleteAlias',
                 request_serializer=cliptune_dot_v1_dot_model__pb2.DeleteAliasRequest.SerializeToString,
@@ -110,6 +115,14 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetTraffic(self, request, context):
+        """Shares the requests for NAME@ALIAS among versions, and copies them to one in the background. Moving the alias
+        ends both.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAlias(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -150,6 +163,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.SetAlias,
                     request_deserializer=cliptune_dot_v1_dot_model__pb2.SetAliasRequest.FromString,
                     response_serializer=cliptune_dot_v1_dot_model__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'SetTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTraffic,
+                    request_deserializer=cliptune_dot_v1_dot_model__pb2.SetTrafficRequest.FromString,
+                    response_serializer=cliptune_dot_v1_dot_model__pb2.SetTrafficResponse.SerializeToString,
             ),
             'DeleteAlias': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAlias,
@@ -298,6 +316,33 @@ class ModelService(object):
             '/cliptune.v1.ModelService/SetAlias',
             cliptune_dot_v1_dot_model__pb2.SetAliasRequest.SerializeToString,
             cliptune_dot_v1_dot_model__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cliptune.v1.ModelService/SetTraffic',
+            cliptune_dot_v1_dot_model__pb2.SetTrafficRequest.SerializeToString,
+            cliptune_dot_v1_dot_model__pb2.SetTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

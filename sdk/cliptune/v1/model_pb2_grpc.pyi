@@ -51,6 +51,14 @@ class ModelServiceStub:
     moves and no request fails.
     """
 
+    SetTraffic: grpc.UnaryUnaryMultiCallable[
+        cliptune.v1.model_pb2.SetTrafficRequest,
+        cliptune.v1.model_pb2.SetTrafficResponse,
+    ]
+    """Shares the requests for NAME@ALIAS among versions, and copies them to one in the background. Moving the alias
+    ends both.
+    """
+
     DeleteAlias: grpc.UnaryUnaryMultiCallable[
         cliptune.v1.model_pb2.DeleteAliasRequest,
         cliptune.v1.model_pb2.DeleteAliasResponse,
@@ -93,6 +101,14 @@ class ModelServiceAsyncStub:
     ]
     """Points NAME@ALIAS at a version. If the alias was being served, the new version is loaded before the alias
     moves and no request fails.
+    """
+
+    SetTraffic: grpc.aio.UnaryUnaryMultiCallable[
+        cliptune.v1.model_pb2.SetTrafficRequest,
+        cliptune.v1.model_pb2.SetTrafficResponse,
+    ]
+    """Shares the requests for NAME@ALIAS among versions, and copies them to one in the background. Moving the alias
+    ends both.
     """
 
     DeleteAlias: grpc.aio.UnaryUnaryMultiCallable[
@@ -147,6 +163,16 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[cliptune.v1.model_pb2.SetAliasResponse, collections.abc.Awaitable[cliptune.v1.model_pb2.SetAliasResponse]]:
         """Points NAME@ALIAS at a version. If the alias was being served, the new version is loaded before the alias
         moves and no request fails.
+        """
+
+    @abc.abstractmethod
+    def SetTraffic(
+        self,
+        request: cliptune.v1.model_pb2.SetTrafficRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[cliptune.v1.model_pb2.SetTrafficResponse, collections.abc.Awaitable[cliptune.v1.model_pb2.SetTrafficResponse]]:
+        """Shares the requests for NAME@ALIAS among versions, and copies them to one in the background. Moving the alias
+        ends both.
         """
 
     @abc.abstractmethod

@@ -10,24 +10,30 @@ until its end. Changed by `models.py`; asked by
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from cliptune.errors import InvalidInputError, ModelStateError, UnavailableError
 from cliptune_server.catalog.model_files import PublishedModel
 from cliptune_server.catalog.registry import Reference, Registry
+from cliptune_server.catalog.traffic import Rules, Traffic
 
 
 class LoadedModels:
     """Implements the router's `Catalog`."""
 
-    def __init__(self, registry: Registry) -> None:
+    def __init__(self, registry: Registry, place: Callable[[], float] = random.random) -> None:
+        """`place`: a number in [0, 1) for each request that is shared, which chooses its version."""
         self._registry = registry
         self._models: dict[str, PublishedModel] = {}
         self._coming: dict[str, PublishedModel] = {}
         self._holds: Counter[str] = Counter()
         self._let_go = asyncio.Event()
         self._aliases: dict[str, dict[str, int]] = {}
+        self.traffic: Rules = {}
+        """How the requests for aliases are shared among versions."""
+        self._place = place
 
     def __contains__(self, key: str) -> bool:
         return key in self._models
@@ -55,7 +61,7 @@ class LoadedModels:
         if not reference:
             return self._only().key
         parsed = Reference.parse(reference)
-        model = self.find(parsed)
+        model = self._shared(parsed) or self.find(parsed)
         if model is None:
             published = await self._registry.find(parsed)
             # A load may have ended, or an alias moved, while the registry was asked.
@@ -69,6 +75,41 @@ class LoadedModels:
                     model=published.key,
                 )
         return model.key
+
+    def shadow(self, reference: str) -> str | None:
+        """Key of the loaded version that gets a copy of a request, if one does."""
+        if "@" not in reference:
+            return None
+        parsed = Reference.parse(reference)
+        version = self.traffic_of(parsed).shadow
+        key = f"{parsed.name}:{version}"
+        return key if version and key in self._models else None
+
+    def traffic_of(self, reference: Reference) -> Traffic:
+        """How the requests for a reference are shared."""
+        return self.traffic.get((reference.name, reference.alias), Traffic())
+
+    def aliases_with(self, model: PublishedModel) -> list[str]:
+        """Aliases whose requests a version answers in part, or gets copies of."""
+        return [
+            f"{name}@{alias}"
+            for (name, alias), traffic in self.traffic.items()
+            if name == model.name and model.version in traffic.versions
+        ]
+
+    def meant_by(self, reference: Reference) -> set[str]:
+        """Keys of the loaded versions that a served reference needs."""
+        model = self.find(reference)
+        beside = {f"{reference.name}:{version}" for version in self.traffic_of(reference).versions}
+        return {key for key in beside if key in self._models} | ({model.key} if model else set())
+
+    def _shared(self, reference: Reference) -> PublishedModel | None:
+        """The version whose turn it is, where requests are shared and it is loaded."""
+        traffic = self.traffic_of(reference)
+        own = self.find(reference)
+        if not traffic.shares or own is None:
+            return None
+        return self._models.get(f"{reference.name}:{traffic.choose(self._place(), own.version)}")
 
     def announce(self, model: PublishedModel) -> None:
         """This version is being loaded, or will be as soon as there is an engine."""

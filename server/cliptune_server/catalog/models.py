@@ -19,19 +19,22 @@ gateway, jobs and the router; the daemon makes it.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
 
 from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
+from cliptune_server.catalog.changes import Changes
 from cliptune_server.catalog.default_model import take_in
+from cliptune_server.catalog.description import message_of
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel, check_name
 from cliptune_server.catalog.registry import Reference, Registry
+from cliptune_server.catalog.serving import not_loaded, read_serving
+from cliptune_server.catalog.traffic import Traffic
 from cliptune_server.home import write_json
 from cliptune_server.training.publisher import Publication
 
@@ -76,14 +79,14 @@ class Models:
         self._device = ""
         self._retiring: dict[str, asyncio.Task[None]] = {}
         """Hidden versions that a bulk stream still uses, each with its unloading, which waits for that."""
-        self._changing = asyncio.Lock()
-        self._changes: set[asyncio.Task[Any]] = set()
+        self._changing = Changes()
 
     async def start(self) -> None:
         """Rebuild the index. Loading what was served before is `restore`, which takes longer."""
         await self._registry.start()
         self.catalog.set_aliases(await self._registry.aliases())
-        for text in await asyncio.to_thread(_read_serving, self._serving_path):
+        self.catalog.traffic = await self._registry.traffic()
+        for text in await asyncio.to_thread(read_serving, self._serving_path):
             try:
                 self._before[text] = await self._registry.find(Reference.parse(text))
             except CliptuneError as error:
@@ -99,11 +102,12 @@ class Models:
         The default is no served reference: it gives way as soon as there is one.
         One that cannot be loaded gets a log line: it must not keep the others from being served.
         """
-        async with self._changing:
+        async with self._changing.alone:
             for text, model in self._before.items():
                 try:
-                    self._served.add(Reference.parse(text))
+                    self._served.add(reference := Reference.parse(text))
                     await self._load(model)
+                    await self._load_beside(reference)
                 except CliptuneError as error:
                     log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
             if self._default and not self._served:
@@ -114,7 +118,7 @@ class Models:
 
     async def stop(self) -> None:
         """Give up the changes that are under way."""
-        work = [*self._changes, *self._retiring.values()]
+        work = [*self._changing.tasks, *self._retiring.values()]
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
@@ -160,6 +164,7 @@ class Models:
         async def change() -> PublishedModel:
             model = await self._registry.find(wanted)
             await self._load(model)
+            await self._load_beside(wanted)
             await self._serve(wanted)
             return model
 
@@ -205,12 +210,37 @@ class Models:
 
         return self._message(await self._change(change()))
 
+    async def set_traffic(self, reference: str, traffic: Traffic) -> model_pb2.Model:
+        """Share the requests for NAME@ALIAS among versions, and copy them to one; an empty one ends both.
+
+        Where the alias is served, the versions are loaded before the first request goes to them.
+        """
+        named = Reference.parse(reference)
+        if not named.alias:
+            raise InvalidInputError(f"{reference!r} is no alias: NAME@ALIAS", model=reference)
+
+        async def change() -> PublishedModel:
+            model = await self._registry.find(named)
+            others = [Reference(name=named.name, version=version) for version in traffic.versions]
+            beside = [await self._registry.find(other) for other in others]
+            if named in self._served or self.catalog.find(named) is not None:
+                for other in beside:
+                    await self._load(other)
+                await self._route(named, traffic)
+                await self._serve(named)
+            else:
+                await self._route(named, traffic)
+            return model
+
+        return self._message(await self._change(change()))
+
     async def delete_alias(self, name: str, alias: str) -> None:
         """Forget NAME@ALIAS; a version that was loaded as this alias alone is unloaded."""
         named = Reference(name=check_name(name), alias=check_name(alias, "alias"))
 
         async def change() -> None:
             await self._registry.delete_alias(name, alias)
+            await self._route(named, Traffic())
             self.catalog.set_aliases(await self._registry.aliases())
             self._served.discard(named)
             await self._settle()
@@ -236,6 +266,11 @@ class Models:
                     f"{model.key} cannot be deleted: it is being unloaded, and a bulk stream still uses it",
                     model=model.key,
                 )
+            for alias in self.catalog.aliases_with(model):
+                raise ModelStateError(
+                    f"{model.key} cannot be deleted: it has a part in the requests for {alias}",
+                    model=model.key,
+                )
             await self._registry.delete(model)
 
         await self._change(change())
@@ -249,13 +284,13 @@ class Models:
         names = [Reference(name=model.name, alias=alias) for alias in dict.fromkeys(publish.aliases)]
         serve = publish.serve or not publish.HasField("serve")
         swapped = {name for name in names if name in self._served or self.catalog.find(name)}
-        not_loaded = ""
+        told = ""
         if serve or swapped:
             try:
                 await self._load(model)
             except CliptuneError as error:
-                not_loaded = _not_loaded(model, error, swapped)
-                log.warning("%s", not_loaded)
+                told = not_loaded(model, error, swapped)
+                log.warning("%s", told)
                 names = [name for name in names if name not in swapped]
                 swapped.clear()
         for name in names:
@@ -265,7 +300,7 @@ class Models:
         await self._serve(*swapped)
         aliases = self.catalog.aliases(model.name, model.version)
         published = job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
-        return Publication(model=published, not_loaded=not_loaded)
+        return Publication(model=published, not_loaded=told)
 
     async def _load(self, model: PublishedModel) -> None:
         if model.key in self.catalog:
@@ -321,9 +356,21 @@ class Models:
         return held
 
     async def _point(self, model: PublishedModel, alias: str) -> None:
+        await self._route(Reference(name=model.name, alias=alias), Traffic())
         await self._registry.set_alias(model.name, alias, model.version)
         self.catalog.set_aliases(await self._registry.aliases())
         log.info("%s@%s is now %s", model.name, alias, model.key)
+
+    async def _route(self, named: Reference, traffic: Traffic) -> None:
+        self.catalog.traffic = await self._registry.set_traffic(named, traffic)
+
+    async def _load_beside(self, served: Reference) -> None:
+        """The other versions that answer for a reference; one that cannot be loaded has no part in it."""
+        for version in sorted(self.catalog.traffic_of(served).versions):
+            try:
+                await self._load(await self._registry.find(Reference(name=served.name, version=version)))
+            except CliptuneError as error:
+                log.warning("%s has no part in the requests for %s: %s", version, served, error.message)
 
     async def _serve(self, *references: Reference) -> None:
         self._served.update(references)
@@ -331,7 +378,7 @@ class Models:
 
     async def _settle(self) -> None:
         """Unload what no served reference means any more, and remember what is served."""
-        meant = {model.key for served in self._served if (model := self.catalog.find(served))}
+        meant = {key for served in self._served for key in self.catalog.meant_by(served)}
         for model in self.catalog:
             if model.key not in meant:
                 await self._unload(model.key)
@@ -342,55 +389,7 @@ class Models:
         await asyncio.to_thread(write_json, self._serving_path, content)
 
     async def _change(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Run a change after the ones before it, to its end even if the caller is cancelled meanwhile."""
-
-        async def alone() -> Result:
-            async with self._changing:
-                return await work
-
-        task = asyncio.create_task(alone())
-        self._changes.add(task)
-        task.add_done_callback(self._forget_change)
-        return await asyncio.shield(task)
-
-    def _forget_change(self, task: asyncio.Task[Any]) -> None:
-        self._changes.discard(task)
-        if not task.cancelled() and (error := task.exception()) and not isinstance(error, CliptuneError):
-            log.error("a change of models failed", exc_info=error)
+        return await self._changing.run(work)
 
     def _message(self, model: PublishedModel) -> model_pb2.Model:
-        loaded = model.key in self.catalog
-        message = model_pb2.Model(
-            name=model.name,
-            version=model.version,
-            aliases=self.catalog.aliases(model.name, model.version),
-            loaded=loaded,
-            bytes=model.bytes,
-            architecture=model.architecture,
-            embedding_dim=model.embedding_dim,
-            image_size=model.image_size,
-            job_id=model.job_id,
-            metrics=model.metrics,
-            similarity=model.similarity,
-            similarity_parameters=model.similarity_values,
-            path=str(model.path),
-            device=self._device if loaded else "",
-        )
-        message.created.FromDatetime(model.created)
-        return message
-
-
-def _not_loaded(model: PublishedModel, error: CliptuneError, kept: Collection[Reference]) -> str:
-    stays = f"; what is served stays as it was ({', '.join(sorted(map(str, kept)))})" * bool(kept)
-    again = f"`cliptune models load {model.key}` tries again"
-    return f"{model.key} is published, and not loaded for inference: {error.message}{stays}; {again}"
-
-
-def _read_serving(path: Path) -> list[str]:
-    try:
-        return [str(reference) for reference in json.loads(path.read_text(encoding="utf-8"))["references"]]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        log.warning("%s cannot be read, so nothing is served until it is loaded again: %s", path, error)
-        return []
+        return message_of(model, self.catalog, self._device)

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 from cliptune.durable import is_disk_full
 from cliptune.errors import DiskFullError, InvalidInputError, ModelNotFoundError, ModelStateError
 from cliptune_server.catalog.model_files import DamagedAliasesError, ModelFiles, PublishedModel, check_name
+from cliptune_server.catalog.traffic import Rules, Traffic, read_rules, write_rules
 from cliptune_server.database import Base, Database
 
 log = logging.getLogger(__name__)
@@ -189,6 +190,22 @@ class Registry:
             )
             await self._database.run(lambda session: session.execute(query))
             log.info("deleted %s", model.key)
+
+    async def traffic(self) -> Rules:
+        """How the requests for aliases are shared, by the files."""
+        return await asyncio.to_thread(lambda: read_rules(self._files.root, self._files.names()))
+
+    async def set_traffic(self, named: Reference, traffic: Traffic) -> Rules:
+        """Of one alias; one without shares and shadow is forgotten. Returns all that is so now."""
+        async with self._change():
+            rules = await self.traffic()
+            before = rules.pop((named.name, named.alias), None)
+            if traffic.versions:
+                rules[named.name, named.alias] = traffic
+            if traffic.versions or before is not None:
+                await asyncio.to_thread(write_rules, self._files.root, named.name, rules)
+                log.info("requests for %s: %s", named, traffic.form())
+            return rules
 
     async def _write_aliases(self, name: str, change: Callable[[dict[str, int]], dict[str, int]]) -> None:
         async with self._change():

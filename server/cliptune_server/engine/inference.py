@@ -20,18 +20,23 @@ from opentelemetry import trace
 
 from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError
 from cliptune.tensors import pack
-from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
+from cliptune.v1 import inference_pb2, tensor_pb2
 from cliptune_server.engine.admission import Admission
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache, image_digests, text_digests
+from cliptune_server.engine.classes import (
+    MIN_CLASSES,
+    check_judged_together,
+    check_labels,
+    prompts_of,
+    softmax,
+)
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.models import ModelSet, ServedModel
 from cliptune_server.engine.rows import Rows, item_errors, raise_single
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.spans import Caller, decode_span
 
-DEFAULT_PROMPT: Final = "a photo of a {label}"
-_MIN_CLASSES: Final = 2
 # Prompts of one request that are in the engine's queues together.
 _PROMPTS_AT_A_TIME: Final = 1024
 # Hashed on the event loop in less than a tenth of a millisecond.
@@ -155,9 +160,9 @@ class Inference:
         A class with a failed prompt has NaN in its columns and the softmax is over the others; when fewer
         than two are left, the request fails with that prompt's error.
         """
-        _check_judged_together(request.classes)
-        classes = [(one.label, _prompts(one)) for one in request.classes]
-        _check_labels([label for label, _ in classes])
+        check_judged_together(request.classes)
+        classes = [(one.label, prompts_of(one)) for one in request.classes]
+        check_labels([label for label, _ in classes])
         self._admission.check_count("images", len(request.images))
         self._admission.check_count("classes", len(classes))
         prompts = sum(len(prompts) for _, prompts in classes)
@@ -172,13 +177,13 @@ class Inference:
                 self._embed_classes(model, [prompts for _, prompts in classes], caller),
             )
             images.raise_single()
-            if len(classes) - len(texts.errors) < _MIN_CLASSES:
+            if len(classes) - len(texts.errors) < MIN_CLASSES:
                 raise texts.errors[min(texts.errors)]
             scores_NC = await asyncio.to_thread(model.scores.table, images.vectors, texts.vectors)
         return inference_pb2.ClassifyResponse(
             model=model.key,
             labels=[label for label, _ in classes],
-            probabilities=pack(_softmax(model.clip.logit_scale * scores_NC.astype(np.float64))),
+            probabilities=pack(softmax(model.clip.logit_scale * scores_NC.astype(np.float64))),
             scores=pack(scores_NC),
             errors=item_errors("images", images.errors) + item_errors("classes", texts.errors),
             profile=caller.timings.profile(),
@@ -364,43 +369,3 @@ async def _both(images: Awaitable[Rows], texts: Awaitable[Rows]) -> tuple[Rows, 
     if isinstance(second, BaseException):
         raise second
     return first, second
-
-
-def _prompts(one: spec_pb2.ClassPrompts) -> list[str]:
-    return list(one.prompts) or [DEFAULT_PROMPT.format(label=one.label)]
-
-
-def _check_judged_together(classes: Sequence[spec_pb2.ClassPrompts]) -> None:
-    """What an evaluation does with a class by itself is not what a softmax over classes says."""
-    for place, one in enumerate(classes):
-        if one.negative_prompts:
-            raise InvalidInputError(
-                f"classes[{place}] ({one.label!r}) has negative_prompts, which only an evaluation looks at",
-                field="classes",
-                index=place,
-            )
-
-
-def _check_labels(labels: Sequence[str]) -> None:
-    if len(labels) < _MIN_CLASSES:
-        raise InvalidInputError(
-            f"classification needs at least {_MIN_CLASSES} classes, and has {len(labels)}", field="classes"
-        )
-    seen: set[str] = set()
-    for place, label in enumerate(labels):
-        if not label.strip():
-            raise InvalidInputError(f"classes[{place}] has no label", field="classes", index=place)
-        if label in seen:
-            raise InvalidInputError(f"the label {label!r} stands twice", field="classes", index=place)
-        seen.add(label)
-
-
-def _softmax(logits_NC: npt.NDArray[np.float64]) -> Vector:
-    """Over the columns that are not NaN."""
-    if not logits_NC.size:
-        return logits_NC.astype(np.float32)
-    lost_N1 = np.isnan(logits_NC).all(axis=1, keepdims=True)
-    top_N1 = np.where(lost_N1, 0.0, np.nanmax(np.where(lost_N1, 0.0, logits_NC), axis=1, keepdims=True))
-    weights_NC = np.exp(logits_NC - top_N1)
-    sum_N1 = np.nansum(weights_NC, axis=1, keepdims=True)
-    return (weights_NC / np.where(lost_N1, 1.0, sum_N1)).astype(np.float32)

@@ -47,7 +47,8 @@ async def metrics(request: Request) -> Response:
     context = context_of(request)
     counts = context.jobs.snapshot()
     jobs = JobReading(by_state=counts.by_state, events=counts.events, watchers=counts.watchers)
-    text = context.metrics.render(await _engine(context), jobs)
+    shadows = dict(context.router.shadowing.outcomes)
+    text = context.metrics.render(await _engine(context), jobs, shadows)
     return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
 

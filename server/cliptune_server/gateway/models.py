@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from cliptune.v1 import model_pb2
+from cliptune_server.catalog.traffic import Traffic
 from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import json_form
 from cliptune_server.gateway.problems import problems
@@ -106,6 +107,36 @@ async def set_alias(request: Request, model: Reference, alias: Alias) -> Respons
     If the alias was being served, the new version is loaded before it moves and no request fails.
     """
     return JSONResponse(card(await context_of(request).models.set_alias(model, alias)))
+
+
+class TrafficBody(BaseModel):
+    """How the requests for an alias are shared."""
+
+    model_config = ConfigDict(extra="forbid")
+    shares: dict[int, float] = Field(
+        default={}, description="Version → its part of the requests.", examples=[{"2": 0.1}]
+    )
+    shadow: int = Field(default=0, description="Version that gets a copy of each request. 0: none.")
+
+
+@router.put(
+    "/{model}/aliases/{alias}/traffic",
+    summary="Share an alias's requests",
+    response_model=ModelCard,
+    responses=problems(404, 503),
+)
+async def set_traffic(
+    request: Request,
+    model: Annotated[str, Path(description="The model's NAME.")],
+    alias: Alias,
+    body: TrafficBody,
+) -> Response:
+    """Among versions, and copies of them to one in the background; an empty body ends both.
+
+    The version that the alias points at has what is left. Moving the alias ends both, too.
+    """
+    traffic = Traffic(shares=body.shares, shadow=body.shadow)
+    return JSONResponse(card(await context_of(request).models.set_traffic(f"{model}@{alias}", traffic)))
 
 
 @router.delete(

@@ -20,6 +20,10 @@ class Catalog(Protocol):
         """
         ...
 
+    def shadow(self, reference: str) -> str | None:
+        """Key of the loaded version that gets a copy of a request for this reference, if one does."""
+        ...
+
     def hold(self, key: str) -> None:
         """Keep it in the engine, also when no reference means it any more."""
         ...

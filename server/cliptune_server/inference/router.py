@@ -18,6 +18,7 @@ from cliptune.v1 import inference_pb2
 from cliptune_server.inference.bulk import BulkStream
 from cliptune_server.inference.engines import EngineSupervisor
 from cliptune_server.inference.pins import Catalog, Pins
+from cliptune_server.inference.shadowing import Shadowing
 from cliptune_server.inference.traffic import Traffic
 
 MESSAGE_BYTES: Final = 256 * 1024 * 1024
@@ -56,6 +57,8 @@ class Router:
     ) -> None:
         self.traffic: Final = Traffic()
         """The requests under way."""
+        self.shadowing: Final = Shadowing()
+        """Copies of requests to versions on trial."""
         self._engines: Final = engines
         self._catalog: Final = catalog
         self._message_bytes: Final = message_bytes
@@ -154,7 +157,19 @@ class Router:
                 request.model = key
                 answer = await self._engines.call(pick, request, _left_s(deadline_s), bulk=bulk)
         answer.profile.daemon_seconds = time.monotonic() - began_s
+        shadow = None if pins else self._catalog.shadow(reference)
+        if shadow is not None and shadow != request.model:
+            self._shadow(shadow, pick, request, timeout_s)
         return answer
+
+    def _shadow(
+        self, key: str, pick: Pick[_Request, _Response], request: _Request, timeout_s: float | None
+    ) -> None:
+        async def ask() -> object:
+            request.model = key  # answered: nobody else looks at it any more
+            return await self._engines.call(pick, request, timeout_s, bulk=True)
+
+        self.shadowing.send(key, ask)
 
 
 def _left_s(deadline_s: float | None) -> float | None:

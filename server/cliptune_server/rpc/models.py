@@ -8,6 +8,7 @@ import grpc
 
 from cliptune.v1 import model_pb2, model_pb2_grpc
 from cliptune_server.catalog.models import Models
+from cliptune_server.catalog.traffic import Traffic
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -42,6 +43,12 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.SetAliasRequest, context: _Context
     ) -> model_pb2.SetAliasResponse:
         return model_pb2.SetAliasResponse(model=await self._models.set_alias(request.model, request.alias))
+
+    async def SetTraffic(  # noqa: N802, D102
+        self, request: model_pb2.SetTrafficRequest, context: _Context
+    ) -> model_pb2.SetTrafficResponse:
+        traffic = Traffic.of(request.traffic)
+        return model_pb2.SetTrafficResponse(model=await self._models.set_traffic(request.model, traffic))
 
     async def DeleteAlias(  # noqa: N802, D102
         self, request: model_pb2.DeleteAliasRequest, context: _Context

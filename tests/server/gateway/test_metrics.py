@@ -66,7 +66,7 @@ def series(text: bytes) -> dict[tuple[str, ...], float]:
 
 def test_the_documented_list_is_the_registry() -> None:
     metrics = busy()
-    metrics.render(ENGINE, JOBS)
+    metrics.render(ENGINE, JOBS, {("cells:2", "ok"): 3})
     exported = {}
     for family in metrics.registry.collect():
         name = {"counter": f"{family.name}_total", "info": f"{family.name}_info"}.get(

@@ -18,12 +18,16 @@ class MemoryCatalog:
     def __init__(self, **keys: str) -> None:
         self.keys = keys
         self.held: Counter[str] = Counter()
+        self.shadows: dict[str, str] = {}
 
     async def resolve(self, reference: str) -> str:
         key = self.keys.get(reference)
         if key is None:
             raise ModelNotFoundError(f"no model {reference!r}", model=reference)
         return key
+
+    def shadow(self, reference: str) -> str | None:
+        return self.shadows.get(reference)
 
     def hold(self, key: str) -> None:
         self.held[key] += 1

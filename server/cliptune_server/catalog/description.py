@@ -1,0 +1,37 @@
+"""A version as ModelService tells of it: what its manifest says, and what is so now.
+
+Enters: a published version. Leaves: its message. Called by `models.py`.
+"""
+
+from __future__ import annotations
+
+from cliptune.v1 import model_pb2
+from cliptune_server.catalog.loaded import LoadedModels
+from cliptune_server.catalog.model_files import PublishedModel
+from cliptune_server.catalog.registry import Reference
+
+
+def message_of(model: PublishedModel, catalog: LoadedModels, device: str) -> model_pb2.Model:
+    """`device`: of the engine."""
+    loaded = model.key in catalog
+    message = model_pb2.Model(
+        name=model.name,
+        version=model.version,
+        aliases=catalog.aliases(model.name, model.version),
+        loaded=loaded,
+        bytes=model.bytes,
+        architecture=model.architecture,
+        embedding_dim=model.embedding_dim,
+        image_size=model.image_size,
+        job_id=model.job_id,
+        metrics=model.metrics,
+        similarity=model.similarity,
+        similarity_parameters=model.similarity_values,
+        path=str(model.path),
+        device=device if loaded else "",
+    )
+    for alias in message.aliases:
+        if (traffic := catalog.traffic_of(Reference(name=model.name, alias=alias))).versions:
+            message.traffic[alias].CopyFrom(traffic.message())
+    message.created.FromDatetime(model.created)
+    return message
