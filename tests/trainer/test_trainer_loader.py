@@ -295,8 +295,9 @@ from cliptune_trainer.data.loading.pools import open_pool
 from cliptune_trainer.data.source import Request
 
 if __name__ == "__main__":
-    pool = open_pool(Decoder.of({CONFIG!r}), workers=1, batch_size=4)
-    chunk = pool.submit([Request(Path({str(tiles / "0.png")!r}), 0, 0)])
+    decoder = Decoder.of({CONFIG!r})
+    pool = open_pool(decoder, workers=1, batch_size=4)
+    chunk = pool.submit([Request(Path({str(tiles / "0.png")!r}), 0, 0)], decoder)
     assert chunk.reasons.result() == [""] and chunk.pixels_NHW3.any()
     print(*pool.process_ids, flush=True)
     sys.stdin.read()

@@ -8,6 +8,7 @@ device.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
@@ -34,7 +35,7 @@ from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.losses.temperature import begin, hold
 from cliptune_trainer.plan.decide import Decisions, decide, decide_hardware
-from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.per_size import Executions, plan_sizes
 from cliptune_trainer.plan.plan_spec import domain_choices, spec_as_run
 from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.reporting.events import Reporter
@@ -75,13 +76,16 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         decisions = replace(decisions, choices=(*decisions.choices, *told))
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"
-        planner = Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=on_cpu)
-        execution = planner.plan()
+
+        def planner(spec: Spec, clip: Clip) -> Planner:
+            return Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=on_cpu)
+
+        executions = plan_sizes(planner, spec, clip, decisions.sizes)
         scale = begin(clip.model, spec.loss)
     with tracer().start_as_current_span("prepare.measure"):
         # Another device is left alone: another job may be at work there.
-        step_s = _try_out(spec, dataset, clip, decisions, execution) if on_cpu else 0.0
-    plan = _plan(layers, spec, dataset, clip, decisions, execution, scale, step_s)
+        step_s = _try_out(spec, dataset, clip, decisions, executions) if on_cpu else 0.0
+    plan = _plan(layers, spec, dataset, clip, decisions, executions, scale, step_s)
     if spec.tune is not None:
         classes = len(decisions.classes)
         check_measured(spec.tune, validation_rows=len(dataset.validation), classes=classes)
@@ -106,11 +110,12 @@ def _plan(
     dataset: Dataset,
     clip: Clip,
     decisions: Decisions,
-    execution: Execution,
+    executions: Executions,
     scale: Choice,
     step_s: float,
 ) -> job_pb2.JobPlan:
-    """`step_s` is of a whole batch on the CPU."""
+    """`step_s` is of a whole batch of the largest images on the CPU."""
+    execution = executions.common
     plan = execution.plan
     seconds = 0.0
     if decisions.hardware.device.value == "cpu":
@@ -119,7 +124,8 @@ def _plan(
         evaluations = 2 + (max(epochs - 1, 0) // every if every else 0) if len(dataset.validation) else 0
         images = len(set(dataset.validation.image_ids.tolist()))
         evaluation_s = step_s * _FORWARD_SHARE * images / decisions.batch_size
-        seconds = decisions.total_steps * step_s + evaluations * evaluation_s
+        share = decisions.sizes.mean(math.prod) / math.prod(executions.largest)
+        seconds = decisions.total_steps * share * step_s + evaluations * evaluation_s
     captions = {pair.caption for pair in dataset.train.pairs + dataset.validation.pairs}
     return job_pb2.JobPlan(
         device=decisions.hardware.device.value,
@@ -134,7 +140,7 @@ def _plan(
         parameters=sum(parameter.numel() for parameter in clip.model.parameters()),
         estimated_memory_bytes=plan.estimated_bytes,
         estimated_seconds=seconds,
-        decisions=_told((*domain_choices(layers), *decisions.choices, *execution.choices, scale)),
+        decisions=_told((*domain_choices(layers), *decisions.choices, *executions.choices, scale)),
         bad_rows=len(dataset.bad),
         micro_batch_size=plan.micro_batch_size,
         attention=plan.attention,
@@ -144,9 +150,10 @@ def _plan(
     )
 
 
-def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, execution: Execution) -> float:
+def _try_out(spec: Spec, dataset: Dataset, clip: Clip, decisions: Decisions, executions: Executions) -> float:
     """Seconds of a step of the whole batch, from two small ones on real rows. Trains `clip`, which is thrown
     away."""
+    execution, clip = executions.common, clip.at(executions.largest)
     pairs = min(decisions.batch_size, execution.plan.micro_batch_size, _TIMED_PAIRS)
     scale = decisions.batch_size / pairs
     objective = execution.objective(spec.loss, clip.similarity)

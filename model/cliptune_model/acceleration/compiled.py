@@ -36,6 +36,8 @@ _log = logging.getLogger(__name__)
 # Two kinds of block, for each tower one length of parts with gradients and two without, larger ones of texts
 # too, seven text lengths: 62; and some room.
 GRAPH_LIMIT: Final = 80
+# Of each further image size: two kinds of block, parts with gradients and without, the last part.
+_GRAPHS_OF_A_SIZE: Final = 8
 
 Graph = Callable[..., Any]
 
@@ -48,11 +50,13 @@ class Pass:
         tokens: of each text; 0: the rows are images.
         rows: how many.
         with_graph: for a backward pass; otherwise without gradients.
+        size: (height, width) of images; (0, 0): the model's own.
     """
 
     tokens: int
     rows: int
     with_graph: bool
+    size: tuple[int, int] = (0, 0)
 
 
 class Compilation:
@@ -61,11 +65,21 @@ class Compilation:
     Attributes:
         choice: "on", or "off" with the reason; becomes "off" when the compiler fails.
         graphs: compiled so far.
+        limit: the most of them.
         compile_s: seconds that the compiler took so far; they are no part of a step's own time.
     """
 
-    def __init__(self, clip: Clip, choice: Choice, backend: str, options: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        choice: Choice,
+        backend: str,
+        options: Mapping[str, object],
+        *,
+        limit: int = GRAPH_LIMIT,
+    ) -> None:
         self.choice = choice
+        self.limit = limit
         self.graphs = 0
         self.compile_s = 0.0
         self._clip = clip
@@ -93,7 +107,8 @@ class Compilation:
                             shape = (one.rows, one.tokens)
                             self._clip.encode_texts(torch.zeros(shape, dtype=torch.int64, device=device))
                         else:
-                            images_BCHW = torch.zeros(one.rows, 3, *self._clip.image_size, device=device)
+                            size = one.size if all(one.size) else self._clip.image_size
+                            images_BCHW = torch.zeros(one.rows, 3, *size, device=device)
                             self._clip.encode_images(images_BCHW)
         except torch.OutOfMemoryError as error:
             _log.info("the steps compile by themselves: %s", error)
@@ -102,7 +117,7 @@ class Compilation:
 
     def start(self, modules: Sequence[nn.Module]) -> None:
         """Have `modules` compiled when they are first called."""
-        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, GRAPH_LIMIT)
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, self.limit)
         # Dynamo looks at every input's gradient, and is told by torch that some have none.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
         self._modules = list(modules)
@@ -130,7 +145,7 @@ class Compilation:
 
     def _compile(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Graph:
         """torch's compiler, as a backend of Dynamo that answers a failure with the graph itself."""
-        if self.choice.value != "on" or self.graphs >= GRAPH_LIMIT:
+        if self.choice.value != "on" or self.graphs >= self.limit:
             return graph.forward
         began = time.perf_counter()
         try:
@@ -153,6 +168,7 @@ def compile_towers(
     choice: Choice,
     *,
     whole: bool = False,
+    image_sizes: int = 1,
     backend: str = "inductor",
     options: Mapping[str, object] = MappingProxyType({}),
 ) -> Compilation:
@@ -162,10 +178,12 @@ def compile_towers(
         clip: in place. A block computes the same, to the rounding of its format.
         choice: the policy's.
         whole: each tower as one graph, not a block at a time; it takes many times longer to compile.
+        image_sizes: how many there will be; each has graphs of its own.
         backend: of `torch.compile`.
         options: for it.
     """
-    compilation = Compilation(clip, choice, backend, options)
+    limit = GRAPH_LIMIT + _GRAPHS_OF_A_SIZE * (image_sizes - 1)
+    compilation = Compilation(clip, choice, backend, options, limit=limit)
     if choice.value != "on":
         return compilation
     modules = list(_whole(clip.model) if whole else _blocks(clip.model))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -123,6 +123,21 @@ class Augmentation:
     def colours(self) -> bool:
         """Whether pixels change colour."""
         return max(self.brightness, self.contrast, self.saturation, self.hue) > 0
+
+    def scaled(self, share: float) -> Augmentation:
+        """Milder ones: everything that has a size at `share` of it; flips and quarter turns stay as they
+        are."""
+        if share == 1:
+            return self
+        return replace(
+            self,
+            rotate_degrees=share * self.rotate_degrees,
+            crop_min_area=1 - share * (1 - self.crop_min_area),
+            brightness=share * self.brightness,
+            contrast=share * self.contrast,
+            saturation=share * self.saturation,
+            hue=share * self.hue,
+        )
 
     def view(self, seed: int, epoch: int, row: int) -> View:
         """How a row shows its image in an epoch.

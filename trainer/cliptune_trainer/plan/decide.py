@@ -27,6 +27,8 @@ from cliptune_trainer.plan.cautions import settings_to_mind
 from cliptune_trainer.plan.learning_rate import choose_learning_rate
 from cliptune_trainer.plan.loss_needs import check_loss
 from cliptune_trainer.remark import Remark
+from cliptune_trainer.resolution.schedule import SizeSchedule
+from cliptune_trainer.resolution.settle import settle_sizes
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
 USUAL_BATCH_SIZE: Final = 64
@@ -55,6 +57,7 @@ class Decisions:
     main_metric: str
     workers: int
     exact_decode: bool
+    sizes: SizeSchedule
     choices: tuple[Choice, ...]
     remarks: tuple[Remark, ...]
 
@@ -85,6 +88,7 @@ def decide(
     Raises:
         SpecError: a batch of more rows than there are, no label of the data is among the spec's classes, or a
             learning rate at which nothing of the weights is left.
+        InvalidInputError: an image size that the model cannot take.
         DataError: fewer than two rows to train on.
     """
     remarks = about_data(dataset, clip)
@@ -100,6 +104,10 @@ def decide(
     workers = choose_workers(spec.data.workers, hardware.device.value, rows)
     decode = choose_decode(spec.data.decode, hardware.device.value)
     choices += [workers, decode]
+
+    settled = settle_sizes(spec, clip, total_steps)
+    choices += settled.choices
+    remarks += settled.remarks
 
     usual = choose_learning_rate(clip, rows=rows, total_steps=total_steps)
     learning_rate = spec.train.learning_rate
@@ -136,6 +144,7 @@ def decide(
         main_metric=judging.main_metric,
         workers=int(workers.value),
         exact_decode=decode.value == "exact",
+        sizes=settled.schedule,
         choices=tuple(choices),
         remarks=tuple(remarks),
     )

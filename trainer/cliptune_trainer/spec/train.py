@@ -9,6 +9,7 @@ from typing import Final
 from cliptune.v1 import spec_pb2
 from cliptune_trainer.schedule import SHAPES
 from cliptune_trainer.spec.check import one_of, within, wrong
+from cliptune_trainer.spec.resolution import ResolutionConfig, resolution_config
 
 PRECISIONS: Final = ("auto", "fp32", "bf16", "fp16")
 ATTENTIONS: Final = ("auto", "sdpa", "sliced", "chunked")
@@ -34,6 +35,7 @@ class TrainConfig:
     checkpointing: str = "auto"
     micro_batch_size: int | None = None  # as large as fits
     compile: str = "auto"
+    resolution: ResolutionConfig = ResolutionConfig()
 
     def __post_init__(self) -> None:
         within("train.epochs", self.epochs, 1, 100_000)
@@ -74,6 +76,7 @@ def train_config(train: spec_pb2.TrainSpec) -> TrainConfig:
         checkpointing=train.checkpointing or "auto",
         micro_batch_size=train.micro_batch_size if train.HasField("micro_batch_size") else None,
         compile=train.compile or "auto",
+        resolution=resolution_config(train.resolution),
     )
 
 

@@ -73,12 +73,17 @@ def joined(parts: Sequence[slice], times: int) -> list[slice]:
 
 
 def passes_of(clip: Clip, batch_size: int, micro_batch_size: int, text_tokens: int) -> set[Pass]:
-    """How the rows of a batch go through the towers where nothing is drawn at random."""
+    """How the rows of a batch go through the towers where nothing is drawn at random, at the clip's size."""
     parts = parts_of(batch_size, micro_batch_size)
     early, last = parts[:-1], parts[-1]
     larger = Larger.of(clip, text_tokens) if early else Larger()
     return {
-        Pass(tokens=tokens, rows=rows.stop - rows.start, with_graph=with_graph)
+        Pass(
+            tokens=tokens,
+            rows=rows.stop - rows.start,
+            with_graph=with_graph,
+            size=(0, 0) if tokens else clip.image_size,
+        )
         for tokens, without_graph, replayed in (
             (0, larger.images, 1),
             (text_tokens, larger.texts, larger.replayed_texts),

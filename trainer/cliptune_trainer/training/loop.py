@@ -30,7 +30,7 @@ from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import BIAS
 from cliptune_trainer.losses.temperature import begin
 from cliptune_trainer.plan.decide import Decisions
-from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.per_size import Executions
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.schedule import PeakHistory, Schedule
@@ -65,7 +65,7 @@ class Training:
         dataset: its rows.
         clip: the model, on its device, with the weights of `state` if there is one.
         decisions: what the spec left open.
-        execution: how a step is computed.
+        executions: how a step is computed, at each size of images.
         state: the checkpoint to go on from; None: from the first step.
         reporter: takes the events.
         inbox: gives the instructions.
@@ -81,7 +81,7 @@ class Training:
         dataset: Dataset,
         clip: Clip,
         decisions: Decisions,
-        execution: Execution,
+        executions: Executions,
         state: TrainingState | None,
         reporter: Reporter,
         inbox: Inbox,
@@ -90,7 +90,7 @@ class Training:
     ) -> None:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
-        self._execution = execution
+        self._precision, self._sizes = executions.common.precision, decisions.sizes
         self._total_steps, self._steps_per_epoch = decisions.total_steps, decisions.steps_per_epoch
         counters = state.counters if state else {}
         self._step = state.step if state else 0
@@ -109,7 +109,7 @@ class Training:
         self._stepper = Stepper(
             spec,
             clip,
-            execution,
+            executions,
             batch_size=decisions.batch_size,
             learning_rate=decisions.learning_rate,
             reporter=reporter,
@@ -123,6 +123,7 @@ class Training:
             dataset.train,
             clip,
             augmentation=spec.data.augment,
+            sizes=decisions.sizes,
             exact=decisions.exact_decode,
             needs=spec.loss.needs,
             batch_size=decisions.batch_size,
@@ -200,7 +201,8 @@ class Training:
             self._epoch_span.enter_context(span)
 
     def _launch(self, batch: Batch) -> None:
-        learning_rate = self._learning_rate()
+        learning_rate, look = self._learning_rate(), self._sizes.at(self._step)
+        self._stepper.turn_to(look)
         if self._step == 0 and BIAS in self._spec.loss.needs and needs_calibration(self._clip):
             bias = calibrate(self._clip, batch, self._stepper.micro_batch_size)
             told = f"logit bias {bias:.4g}: the model was trained without one; set from the first batch"
@@ -213,6 +215,7 @@ class Training:
             step=self._step,
             learning_rate=learning_rate,
             micro_batch_size=self._stepper.micro_batch_size,
+            image_size=look.size[0],
         )
         if not self._runs_ahead:
             self.settle()
@@ -322,7 +325,7 @@ class Training:
         export(
             self._job,
             self._clip,
-            precision=self._execution.precision,
+            precision=self._precision,
             metrics=self._metrics,
             matryoshka_dims=self._spec.loss.matryoshka_dims,
         )

@@ -32,6 +32,7 @@ class UnderWay:
     step: int
     learning_rate: float
     micro_batch_size: int
+    image_size: int = 0
 
 
 class Outcomes:
@@ -92,6 +93,7 @@ class Outcomes:
                 micro_batch_size=done.micro_batch_size,
                 loss_scale=result.loss_scale,
                 skipped_steps=self._skipped,
+                image_size=done.image_size,
             )
         )
 

@@ -22,7 +22,7 @@ from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.plan.decide import Decisions, Hardware, decide, decide_hardware
-from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.per_size import Executions, plan_sizes
 from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
@@ -65,7 +65,8 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         reporter.notice(
             "data-changed", "the data files are not the ones that were prepared; they were read anew"
         )
-    execution = plan_execution(job, spec, hardware, decisions, dataset, clip, state)
+    executions = plan_executions(job, spec, hardware, decisions, dataset, clip, state)
+    execution = executions.common
     where = f"goes on after step {state.step} of" if state else "begins:"
     reporter.milestone(
         f"training {where} {decisions.total_steps} steps on {device} in {execution.precision}:"
@@ -80,7 +81,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         dataset=dataset,
         clip=clip,
         decisions=decisions,
-        execution=execution,
+        executions=executions,
         state=state,
         reporter=reporter,
         inbox=inbox,
@@ -90,7 +91,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     return training.run()
 
 
-def plan_execution(
+def plan_executions(
     job: JobFolder,
     spec: Spec,
     hardware: Hardware,
@@ -98,13 +99,16 @@ def plan_execution(
     dataset: Dataset,
     clip: Clip,
     state: TrainingState | None,
-) -> Execution:
+) -> Executions:
     """As the checkpoint says, so that the rest of the run is computed as its beginning was; or anew."""
     stored = state.counters.get("execution") if state else None
     if stored is not None and stored["device"] != clip.device.type:
         stored = None
-    planner = Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=True)
-    return planner.plan(stored)
+
+    def planner(spec: Spec, clip: Clip) -> Planner:
+        return Planner.of_job(spec, hardware, clip, job.home, decisions, dataset, on_device=True)
+
+    return plan_sizes(planner, spec, clip, decisions.sizes, stored)
 
 
 def _newest_checkpoint(job: JobFolder, device: str, reporter: Reporter) -> tuple[Clip, TrainingState] | None:

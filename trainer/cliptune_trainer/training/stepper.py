@@ -21,6 +21,7 @@ from cliptune_model.acceleration.compiled import compile_towers
 from cliptune_model.acceleration.lean import make_lean
 from cliptune_model.attention import install
 from cliptune_model.clip import Clip
+from cliptune_model.image_sizes import told
 from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.temperature import hold
 from cliptune_trainer.memory.limit import limit_process
@@ -28,14 +29,17 @@ from cliptune_trainer.memory.micro_batch import MicroBatch
 from cliptune_trainer.memory.plan import gib
 from cliptune_trainer.memory.pressure import Pressure
 from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.per_size import Executions
 from cliptune_trainer.reporting.events import Reporter
+from cliptune_trainer.resolution.schedule import Look
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm
-from cliptune_trainer.steps.checkpointing import enable_checkpointing
+from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
 from cliptune_trainer.steps.larger_parts import passes_of
 from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
 from cliptune_trainer.steps.precision import Precision
 from cliptune_trainer.steps.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
+from cliptune_trainer.steps.stochastic_depth import StochasticDepth
 from cliptune_trainer.steps.teacher import StartingModel
 
 _log = logging.getLogger(__name__)
@@ -58,7 +62,7 @@ class Stepper:
     Args:
         spec: the job.
         clip: the model, on its device, as planned for. Attention, checkpointing and compilation are put in.
-        execution: the plan.
+        executions: the plans, one for each size of images.
         batch_size: pairs of a step.
         learning_rate: of the first step.
         reporter: takes notices.
@@ -69,15 +73,17 @@ class Stepper:
         self,
         spec: Spec,
         clip: Clip,
-        execution: Execution,
+        executions: Executions,
         *,
         batch_size: int,
         learning_rate: float,
         reporter: Reporter,
         teacher: Clip | None = None,
     ) -> None:
-        self._clip, self._execution, self._reporter = clip, execution, reporter
+        self._clip, self._executions, self._reporter = clip, executions, reporter
+        execution = executions.common
         plan = execution.plan
+        self._size, self._plan = executions.largest, plan
         limit_process(clip.device, plan.budget_bytes)
         self.precision = Precision(execution.precision, clip.device)
         self._objective = execution.objective(spec.loss, clip.similarity).to(clip.device)
@@ -99,18 +105,27 @@ class Stepper:
             batch_size=batch_size,
             micro_batch_size=plan.micro_batch_size,
         )
-        self.compilation = compile_towers(clip, execution.policy.compile)
-        passes = passes_of(clip, batch_size, plan.micro_batch_size, execution.text_tokens)
+        self._stochastic_depth = StochasticDepth(clip.model)
+        sizes = executions.by_size
+        self.compilation = compile_towers(clip, execution.policy.compile, image_sizes=len(sizes))
+        passes = {
+            one
+            for size, planned in sizes.items()
+            for one in passes_of(
+                clip.at(size), batch_size, planned.plan.micro_batch_size, execution.text_tokens
+            )
+        }
         self.compilation.warm_up(passes, self.precision.autocast)
         if execution.policy.compiles and self.compilation.choice.value == "off":
             reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
-        self._micro_batch = MicroBatch(plan.micro_batch_size)
+        self._micro_batches = {
+            size: MicroBatch(planned.plan.micro_batch_size) for size, planned in sizes.items()
+        }
         self._pressure = Pressure(clip.device)
         # Weights, gradients and moments stay whatever the micro-batch is.
-        kept_bytes = sum(
+        self._kept_bytes = sum(
             (16 if weight.requires_grad else 4) * weight.numel() for weight in clip.model.parameters()
         )
-        self._pair_bytes = max(0, plan.estimated_bytes - kept_bytes) // plan.micro_batch_size
         self._take_step = Step(
             clip,
             self._objective,
@@ -126,6 +141,23 @@ class Stepper:
     def micro_batch_size(self) -> int:
         """Pairs that go through the towers at once, now."""
         return self._micro_batch.size
+
+    @property
+    def _micro_batch(self) -> MicroBatch:
+        """Of the size that images have now."""
+        return self._micro_batches[self._size]
+
+    def turn_to(self, look: Look) -> None:
+        """Sets the model up for images of another size; costs nothing where they are as before."""
+        self._stochastic_depth.scale(look.strength)
+        if look.size == self._size:
+            return
+        before, plan = self._plan, self._executions.by_size[look.size].plan
+        self._size, self._plan = look.size, plan
+        if plan.attention_plan != before.attention_plan:
+            install(self._clip.model, plan.attention_plan)
+        if plan.checkpointing != before.checkpointing:
+            (enable_checkpointing if plan.checkpointing else disable_checkpointing)(self._clip)
 
     def launch(self, batch: Batch, learning_rate: float) -> StepInFlight:
         """Takes a step, at a smaller micro-batch if need be.
@@ -147,7 +179,7 @@ class Stepper:
     def _halve(self, why: str) -> None:
         before = self._micro_batch.size
         if not self._micro_batch.halve():
-            plan = self._execution.plan
+            plan = self._plan
             raise OverloadedError(
                 f"a step no longer fits in the memory of {self._clip.device}, not even with one pair at once"
                 f" ({gib(plan.estimated_bytes)} planned within {gib(plan.budget_bytes)}): other processes"
@@ -168,7 +200,8 @@ class Stepper:
                 self._micro_batch.grow()
                 _log.info("micro-batch of %d pairs again", self._micro_batch.size)
         elif self._micro_batch.size > 1:
-            taken = self._micro_batch.size * self._pair_bytes
+            pair_bytes = max(0, self._plan.estimated_bytes - self._kept_bytes) // self._plan.micro_batch_size
+            taken = self._micro_batch.size * pair_bytes
             if taken >= _WORTH_YIELDING_BYTES and (why := self._pressure.told()):
                 before = self._micro_batch.size
                 self._micro_batch.halve()
@@ -189,8 +222,8 @@ class Stepper:
         return StepperState(
             values={
                 "scaler": scaler.state_dict() if scaler else None,
-                "execution": self._execution.stored(),
-                "micro_batch": self._micro_batch.state(),
+                "execution": self._executions.stored(),
+                "micro_batches": {told(size): one.state() for size, one in self._micro_batches.items()},
             },
             tensors={
                 name: tensor.detach().cpu().contiguous()
@@ -212,8 +245,12 @@ class Stepper:
         )
         if self.precision.scaler is not None and values["scaler"] is not None:
             self.precision.scaler.load_state_dict(values["scaler"])
-        if "micro_batch" in values:
-            self._micro_batch = MicroBatch.of(values["micro_batch"])
+        stored = values.get("micro_batches", {})
+        if "micro_batch" in values:  # of a checkpoint that knew one size
+            stored = {told(self._executions.largest): values["micro_batch"]}
+        for size in self._micro_batches:
+            if told(size) in stored:
+                self._micro_batches[size] = MicroBatch.of(stored[told(size)])
 
 
 def _as_planned(teacher: Clip, execution: Execution) -> StartingModel:

@@ -40,10 +40,13 @@ _MAX_STAND_INS: Final = 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What batches are made of: all that which rows a step sees, and how, depends on."""
+    """What batches are made of: all that which rows a step sees, and how, depends on.
+
+    `decoder_of`: a step's, for images have the same size within a step only.
+    """
 
     pairs: Pairs
-    decoder: Decoder
+    decoder_of: Callable[[int], Decoder]
     tokenize: Callable[[Sequence[str]], Tensor]
     batch_size: int
     seed: int
@@ -105,8 +108,9 @@ class Assembly:
         recipe, step = self._recipe, self._step
         self._step += 1
         epoch, places = self._places(step)
-        pixels_BHW3 = self._carrier.empty((len(places), *recipe.decoder.shape), torch.uint8)
-        bad, error = self._collect(pixels_BHW3.numpy(), places, epoch)
+        decoder = recipe.decoder_of(step)
+        pixels_BHW3 = self._carrier.empty((len(places), *decoder.shape), torch.uint8)
+        bad, error = self._collect(pixels_BHW3.numpy(), places, epoch, decoder)
         self._top_up()
         pairs = recipe.pairs
         captions = self._captions(epoch, places)
@@ -117,7 +121,7 @@ class Assembly:
             torch.from_numpy(pairs.image_ids[places]),
             torch.from_numpy(pairs.caption_ids[places]),
         ]
-        augmentation = recipe.decoder.augmentation
+        augmentation = decoder.augmentation
         if augmentation.colours:
             rows = [pairs.pairs[place].row for place in places]
             further["mixes"] = torch.from_numpy(augmentation.mixes(recipe.seed, epoch, rows))
@@ -170,44 +174,43 @@ class Assembly:
         start = index * self._recipe.batch_size
         return epoch, self._order(epoch)[start : start + self._recipe.batch_size].tolist()
 
-    def _all_requests(self, first_step: int, total_steps: int) -> Iterator[list[Request]]:
-        """Chunks in the order of use; none spans two steps."""
+    def _all_requests(self, first_step: int, total_steps: int) -> Iterator[tuple[Sequence[Request], Decoder]]:
+        """Chunks in the order of use, and what decodes them; none spans two steps."""
         pairs = self._recipe.pairs.pairs
         rows = self.pool.rows
         for step in range(first_step, total_steps):
             epoch, places = self._places(step)
+            decoder = self._recipe.decoder_of(step)
             for start in range(0, len(places), rows):
-                yield [
+                requests = [
                     Request(pairs[place].image, epoch, pairs[place].row)
                     for place in places[start : start + rows]
                 ]
+                yield requests, decoder
 
     def _top_up(self) -> None:
         """Keeps the pool busy, as far ahead as it has room for."""
-        while len(self._waiting) < self.pool.capacity and (requests := next(self._requests, None)):
-            self._waiting.append(self._submit(requests))
+        while len(self._waiting) < self.pool.capacity and (upcoming := next(self._requests, None)):
+            self._waiting.append(self._submit(*upcoming))
 
-    def _submit(self, requests: Sequence[Request]) -> Chunk:
+    def _submit(self, requests: Sequence[Request], decoder: Decoder) -> Chunk:
         try:
-            return self.pool.submit(requests)
+            return self.pool.submit(requests, decoder)
         except BrokenProcessPool:
             self._fall_back()
-            return self.pool.submit(requests)
+            return self.pool.submit(requests, decoder)
 
     def _fall_back(self) -> None:
         """Decoding processes died (of memory, mostly): decode in threads from here on."""
-        broken, self.pool = (
-            self.pool,
-            Threads(self._recipe.decoder, rows=self.pool.rows, capacity=self.pool.capacity),
-        )
-        unfinished = [chunk.requests for chunk in self._waiting]
+        broken, self.pool = self.pool, Threads(rows=self.pool.rows, capacity=self.pool.capacity)
+        unfinished = [(chunk.requests, chunk.decoder) for chunk in self._waiting]
         self._waiting.clear()
         broken.close()
-        self._waiting.extend(self.pool.submit(requests) for requests in unfinished)
+        self._waiting.extend(self.pool.submit(requests, decoder) for requests, decoder in unfinished)
         self._workers_lost = True
 
     def _collect(
-        self, pixels_BHW3: Bytes4, places: list[int], epoch: int
+        self, pixels_BHW3: Bytes4, places: list[int], epoch: int, decoder: Decoder
     ) -> tuple[tuple[tuple[Pair, str], ...], DataError | None]:
         """Fills `pixels_BHW3`. Where an image cannot be read, a stand-in takes its place, in `places` too."""
         bad: list[tuple[Pair, str]] = []
@@ -229,15 +232,17 @@ class Assembly:
                 if why:
                     bad.append((self._recipe.pairs.pairs[places[row]], why))
                     try:
-                        places[row], pixels_BHW3[row] = self._stand_in(places[row], epoch, bad)
+                        places[row], pixels_BHW3[row] = self._stand_in(places[row], epoch, bad, decoder)
                     except DataError as caught:
                         error = error or caught
             filled += len(reasons)
         return tuple(bad), error
 
-    def _stand_in(self, place: int, epoch: int, bad: list[tuple[Pair, str]]) -> tuple[int, Pixels]:
+    def _stand_in(
+        self, place: int, epoch: int, bad: list[tuple[Pair, str]], decoder: Decoder
+    ) -> tuple[int, Pixels]:
         """Another row's place and image: the same one whenever the run is repeated."""
-        pairs, decoder = self._recipe.pairs.pairs, self._recipe.decoder
+        pairs = self._recipe.pairs.pairs
         random = np.random.default_rng([self._recipe.seed, epoch, pairs[place].row, 2])
         for other in random.integers(0, len(pairs), size=_MAX_STAND_INS).tolist():
             try:

@@ -10,9 +10,11 @@ B: pairs in a batch, L: tokens, H, W: image height and width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 from torch import Tensor
@@ -30,6 +32,7 @@ from cliptune_trainer.data.loading.transfer import Carrier
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.image.augment import NONE, Augmentation
 from cliptune_trainer.losses.entry import LABELS, NEGATIVE_CAPTIONS
+from cliptune_trainer.resolution.schedule import Size, SizeSchedule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +63,7 @@ class Loader:
         batch_size: pairs in a batch, at most `len(pairs)`.
         seed: of order, augmentation and stand-ins.
         augmentation: changes to images, drawn anew in each epoch.
+        sizes: of images, step by step, each with its augmentation. None: the model's own, and `augmentation`.
         exact: decode as open_clip's evaluation transform does, to the bit; otherwise quicker (`Decoder`).
         needs: of the loss: "labels" and "negative_captions" are brought with each batch.
         workers: decoding processes; 0: threads of this one.
@@ -77,6 +81,7 @@ class Loader:
         batch_size: int,
         seed: int,
         augmentation: Augmentation = NONE,
+        sizes: SizeSchedule | None = None,
         exact: bool = True,
         needs: Collection[str] = (),
         workers: int = 0,
@@ -85,15 +90,26 @@ class Loader:
         on_bad_row: Callable[[Pair, str], None] = lambda pair, reason: None,
         on_workers_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._recipe = Recipe(
-            pairs=pairs,
-            decoder=Decoder.of(
-                clip.preprocess_config,
+        schedule = sizes or SizeSchedule.fixed(clip.image_size, augmentation, 0)
+
+        @cache
+        def decoder(size: Size, augmentation: Augmentation) -> Decoder:
+            return Decoder.of(
+                clip.preprocess_config | ({} if size == clip.image_size else {"size": size}),
                 augmentation=augmentation,
                 seed=seed,
                 exact=exact,
                 reading=pairs.reading,
-            ),
+            )
+
+        def decoder_of(step: int) -> Decoder:
+            look = schedule.at(step)
+            return decoder(look.size, look.augmentation)
+
+        self._largest = decoder(max(schedule.sizes, key=math.prod), augmentation)
+        self._recipe = Recipe(
+            pairs=pairs,
+            decoder_of=decoder_of,
             tokenize=clip.tokenize_trimmed,
             batch_size=batch_size,
             seed=seed,
@@ -182,7 +198,7 @@ class Loader:
         self._on_bad_row(pair, f"{pair.image.name}: {reason}")
 
     def _open_pool(self, workers: int) -> Pool:
-        decoder, batch_size = self._recipe.decoder, self._recipe.batch_size
+        decoder, batch_size = self._largest, self._recipe.batch_size
         try:
             return open_pool(decoder, workers=workers, batch_size=batch_size)
         except OSError:  # no shared memory

@@ -34,6 +34,7 @@ class Chunk:
     """Requests under way. `reasons` are `decode_rows`'s; `pixels_NHW3` is whole once they are there."""
 
     requests: Sequence[Request]
+    decoder: Decoder
     reasons: Future[list[str]]
     pixels_NHW3: Bytes4
     slot: int = -1
@@ -50,8 +51,8 @@ class Pool(Protocol):
         """Of the processes that were started so far; none: threads decode."""
         ...
 
-    def submit(self, requests: Sequence[Request]) -> Chunk:
-        """Begins to decode at most `rows` requests."""
+    def submit(self, requests: Sequence[Request], decoder: Decoder) -> Chunk:
+        """Begins to decode at most `rows` requests; `decoder` makes no larger images than the pool's own."""
         ...
 
     def release(self, chunk: Chunk) -> None:
@@ -66,16 +67,16 @@ class Pool(Protocol):
 class Threads:
     """Threads of this process."""
 
-    def __init__(self, decoder: Decoder, *, rows: int, capacity: int) -> None:
+    def __init__(self, *, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
-        self._decoder, self._threads = decoder, thread_pool()
+        self._threads = thread_pool()
         self.process_ids: list[int] = []
 
-    def submit(self, requests: Sequence[Request]) -> Chunk:
+    def submit(self, requests: Sequence[Request], decoder: Decoder) -> Chunk:
         """See `Pool`."""
-        pixels = np.empty((len(requests), *self._decoder.shape), np.uint8)
-        reasons = self._threads.submit(decode_rows, self._decoder, requests, pixels)
-        return Chunk(requests, reasons, pixels)
+        pixels = np.empty((len(requests), *decoder.shape), np.uint8)
+        reasons = self._threads.submit(decode_rows, decoder, requests, pixels)
+        return Chunk(requests, decoder, reasons, pixels)
 
     def release(self, chunk: Chunk) -> None:
         """See `Pool`."""
@@ -95,17 +96,19 @@ class Processes:
 
     def __init__(self, decoder: Decoder, workers: int, *, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
-        shape = (capacity, rows, *decoder.shape)
-        self._memory = shared_bytes(int(np.prod(shape)))
-        self._slots_SNHW3 = np.frombuffer(self._memory.buffer, np.uint8).reshape(shape)
+        slot_bytes = rows * int(np.prod(decoder.shape))
+        self._memory = shared_bytes(capacity * slot_bytes)
+        self._slots_SK = np.frombuffer(self._memory.buffer, np.uint8).reshape(capacity, slot_bytes)
         self._free = deque(range(capacity))
-        self._executor = spawned(workers, _start_worker, decoder, self._memory, shape)
+        self._executor = spawned(workers, _start_worker, self._memory, slot_bytes)
 
-    def submit(self, requests: Sequence[Request]) -> Chunk:
+    def submit(self, requests: Sequence[Request], decoder: Decoder) -> Chunk:
         """See `Pool`. Raises `BrokenProcessPool`."""
-        reasons = self._executor.submit(_work, self._free[0], requests)
+        reasons = self._executor.submit(_work, self._free[0], requests, decoder)
         slot = self._free.popleft()
-        return Chunk(requests, reasons, self._slots_SNHW3[slot][: len(requests)], slot)
+        return Chunk(
+            requests, decoder, reasons, _pixels_in(self._slots_SK[slot], len(requests), decoder), slot
+        )
 
     def release(self, chunk: Chunk) -> None:
         """See `Pool`."""
@@ -114,7 +117,7 @@ class Processes:
     def close(self) -> None:
         """See `Pool`."""
         self._executor.shutdown(wait=True, cancel_futures=True)
-        del self._slots_SNHW3
+        del self._slots_SK
         with contextlib.suppress(BufferError):  # a chunk is still looked at: the memory goes with it
             self._memory.close()
 
@@ -126,6 +129,8 @@ class Processes:
 
 def open_pool(decoder: Decoder, *, workers: int, batch_size: int) -> Pool:
     """Processes, or threads where `workers` is 0, with chunks and look-ahead for batches of `batch_size`.
+
+    `decoder`: the one that makes the largest images.
 
     Two batches are decoded ahead where `_MAX_WAITING_BYTES` holds them.
 
@@ -139,7 +144,13 @@ def open_pool(decoder: Decoder, *, workers: int, batch_size: int) -> Pool:
     capacity = max(2 * hands, min(wanted, _MAX_WAITING_BYTES // (rows * image_bytes)))
     if workers:
         return Processes(decoder, workers, rows=rows, capacity=capacity)
-    return Threads(decoder, rows=rows, capacity=capacity)
+    return Threads(rows=rows, capacity=capacity)
+
+
+def _pixels_in(slot_K: np.ndarray[tuple[int], np.dtype[np.uint8]], rows: int, decoder: Decoder) -> Bytes4:
+    """The beginning of a slot, as images of the decoder's size."""
+    shape = (rows, *decoder.shape)
+    return slot_K[: int(np.prod(shape))].reshape(shape)
 
 
 # -- in a decoding process
@@ -148,28 +159,28 @@ def open_pool(decoder: Decoder, *, workers: int, batch_size: int) -> Pool:
 class _Worker:
     """What a decoding process holds."""
 
-    def __init__(self, decoder: Decoder, memory: SharedBytes, shape: tuple[int, ...]) -> None:
-        self._decoder, self._memory = decoder, memory
-        self._slots_SNHW3 = np.frombuffer(memory.buffer, np.uint8).reshape(shape)
+    def __init__(self, memory: SharedBytes, slot_bytes: int) -> None:
+        self._memory = memory
+        self._slots_SK = np.frombuffer(memory.buffer, np.uint8).reshape(-1, slot_bytes)
 
-    def decode(self, slot: int, requests: Sequence[Request]) -> list[str]:
-        return decode_rows(self._decoder, requests, self._slots_SNHW3[slot][: len(requests)])
+    def decode(self, slot: int, requests: Sequence[Request], decoder: Decoder) -> list[str]:
+        return decode_rows(decoder, requests, _pixels_in(self._slots_SK[slot], len(requests), decoder))
 
     def end(self) -> None:
-        del self._slots_SNHW3
+        del self._slots_SK
         self._memory.close()
 
 
 _worker: _Worker | None = None
 
 
-def _start_worker(decoder: Decoder, memory: SharedBytes, shape: tuple[int, ...]) -> None:
+def _start_worker(memory: SharedBytes, slot_bytes: int) -> None:
     global _worker
-    _worker = _Worker(decoder, memory, shape)
+    _worker = _Worker(memory, slot_bytes)
     atexit.register(_worker.end)
 
 
-def _work(slot: int, requests: Sequence[Request]) -> list[str]:
+def _work(slot: int, requests: Sequence[Request], decoder: Decoder) -> list[str]:
     if _worker is None:
         raise RuntimeError("not a decoding process")
-    return _worker.decode(slot, requests)
+    return _worker.decode(slot, requests, decoder)
