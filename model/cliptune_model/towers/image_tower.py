@@ -114,13 +114,13 @@ def encode_image(model: nn.Module, images_B3HW: Tensor) -> Tensor:
     """[B, 3, H, W] → [B, D], not normalised, as open_clip computes it where the size is the trained one.
 
     Raises:
-        ImageSizeError: sides that are no multiples of the patch, or a tower that takes one size alone.
+        ImageSizeError: sides that are no multiples of the patch, of a tower with positions.
     """
     encode: Any = model.encode_image
     tower = image_tower(model)
     height, width = images_B3HW.shape[-2:]
     grid = tower.grid_at((height, width))
-    if tower.why_fixed or grid == tower.grid:
+    if tower.why_fixed or tower.grid is None or grid == tower.grid:
         return cast(Tensor, encode(images_B3HW, normalize=False))
     if not tower.takes((height, width)):
         down, across = tower.step
