@@ -18,6 +18,8 @@ from cliptune.errors import InvalidInputError
 DEFAULT_HOST: Final = "127.0.0.1"
 DEFAULT_GRPC_PORT: Final = 50051
 DEFAULT_HTTP_PORT: Final = 8000
+PRECISIONS: Final = ("default", "exact", "auto")
+DECODES: Final = ("exact", "fast")
 _DEVICE_RULE: Final = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 
 
@@ -99,6 +101,10 @@ class ServerConfig:
     """CPU threads of the engine. None: it chooses."""
     standby: bool = True
     """Keep a second engine process ready, so that a dead one is replaced in a second rather than in ten."""
+    precision: str = "default"
+    """Of inference: "exact", "auto", or "default", which is exact on a CPU and auto elsewhere."""
+    decode: str = "exact"
+    """Of JPEG files: "exact" or "fast"."""
     embedding_cache_bytes: int = 64 * 1024 * 1024
     """Embeddings that the engine remembers by their item's content. 0: none."""
     yield_to_inference: bool = True
@@ -138,6 +144,13 @@ class ServerConfig:
                 f"{self.default_model!r} cannot be served by default; allowed: {DEFAULT_MODEL}, none",
                 allowed=f"{DEFAULT_MODEL}, none",
             )
+        for name, value, all_of in (
+            ("precision", self.precision, PRECISIONS),
+            ("decode", self.decode, DECODES),
+        ):
+            if value not in all_of:
+                allowed = ", ".join(all_of)
+                raise InvalidInputError(f"{name} {value!r} is none of {allowed}", allowed=allowed)
         if self.embedding_cache_bytes < 0:
             raise InvalidInputError(
                 f"the embedding cache must not be below 0 bytes, and is {self.embedding_cache_bytes}"

@@ -100,6 +100,8 @@ class Daemon:
                     home=config.home,
                     code_folders=config.code_folders,
                     message_bytes=config.limits.message_bytes,
+                    precision=config.precision,
+                    decode=config.decode,
                     cache_bytes=config.embedding_cache_bytes,
                     standby=config.standby,
                 ),

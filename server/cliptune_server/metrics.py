@@ -202,6 +202,15 @@ class _Readings(Collector):
             expired.add_metric(labels, queue.expired_items)
             seconds.add_metric(labels, queue.forward_seconds)
         yield from (waiting, oldest, items, batches, sizes, positions, padding, expired, seconds)
+        fidelity = GaugeMetricFamily(
+            "cliptune_engine_model_cosine",
+            "Least measured cosine of a model's served embeddings to the exact ones.",
+            labels=("model", "stage", "way"),
+        )
+        for model in status.models:
+            fidelity.add_metric((model.key, "precision", model.precision), model.precision_cosine)
+            fidelity.add_metric((model.key, "decode", model.decode), model.decode_cosine)
+        yield fidelity
         if engine.status is not None:
             yield from _engine_totals(status)
 

@@ -32,6 +32,7 @@ CALLS: dict[str, Callable[[Client], Any]] = {
     "ModelService/LoadModel": lambda c: c.load_model("m"),
     "ModelService/UnloadModel": lambda c: c.unload_model("m"),
     "ModelService/SetAlias": lambda c: c.set_alias("m:1", "prod"),
+    "ModelService/SetTraffic": lambda c: c.set_traffic("m@prod", {2: 0.1}),
     "ModelService/DeleteAlias": lambda c: c.delete_alias("m", "prod"),
     "ModelService/DeleteModel": lambda c: c.delete_model("m:1"),
     "DataService/ListDatasets": lambda c: c.list_datasets(),

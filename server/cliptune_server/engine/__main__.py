@@ -19,7 +19,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,7 +30,9 @@ import torch
 from cliptune.errors import CliptuneError
 from cliptune.internal.v1 import engine_pb2_grpc
 from cliptune.telemetry import LEVELS, configure_logging, configure_tracing
+from cliptune_model.acceleration.fidelity import PRECISIONS
 from cliptune_model.attention import AttentionPlan
+from cliptune_model.image_reader import DECODES
 from cliptune_model.machine.device import choose_proven_device, choose_threads
 from cliptune_model.machine.hardware import host
 from cliptune_model.machine.policy import prepare_process
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache-bytes", type=int, default=DEFAULT_BYTES, help="embeddings that are remembered; 0: none"
     )
+    parser.add_argument("--precision", default="default", choices=("default", *PRECISIONS), help="of towers")
+    parser.add_argument("--decode", default="exact", choices=DECODES, help="of JPEG files")
     parser.add_argument("--home", type=Path, default=None, help="where cliptune doctor keeps its proofs")
     parser.add_argument("--log-level", default="info", choices=LEVELS)
     options = parser.parse_args(arguments)
@@ -80,7 +85,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         threads = int(choose_threads(options.threads).value)
         plan = AttentionPlan(mode=choose_serving_attention(proofs).value)
         cache = EmbeddingCache(options.cache_bytes)
-        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes, plan, cache))
+        models = partial(
+            ModelSet,
+            device=device.value,
+            attention=plan,
+            cache=cache,
+            precision=_precision(options.precision, device.value),
+            decode=options.decode,
+            proofs=proofs,
+        )
+        asyncio.run(serve(options.socket, device.value, threads, options.message_bytes, models, cache))
     except CliptuneError as error:
         sys.stderr.write(f"error: {error.message}\n")
         return 2
@@ -94,10 +108,10 @@ async def serve(
     device: str,
     threads: int,
     message_bytes: int,
-    attention: AttentionPlan,
+    make_models: Callable[..., ModelSet],
     cache: EmbeddingCache,
 ) -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT. `make_models` lacks the parts that are made here."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -115,14 +129,7 @@ async def serve(
     batcher = Batcher(
         progress=progress, threads=exact_arithmetic, config=BatcherConfig(max_items=batch_items)
     )
-    models = ModelSet(
-        device=device,
-        attention=attention,
-        batcher=batcher,
-        decoder=decoder,
-        decoded_ahead=2 * batch_items,
-        cache=cache,
-    )
+    models = make_models(batcher=batcher, decoder=decoder, decoded_ahead=2 * batch_items)
     admission = Admission(AdmissionLimits(total_bytes=2 * message_bytes), batcher.backlog_s)
     inference = Inference(models=models, batcher=batcher, decoder=decoder, admission=admission, cache=cache)
     servicer = EngineServicer(
@@ -149,6 +156,11 @@ async def serve(
     await batcher.close()
     decoder.close()
     models.close()
+
+
+def _precision(wanted: str, device: str) -> str:
+    """Exact where nothing else is asked for on a CPU: vectors then equal open_clip's and the trainer's."""
+    return ("exact" if device == "cpu" else "auto") if wanted == "default" else wanted
 
 
 def _announce(line: dict[str, object]) -> None:

@@ -22,7 +22,7 @@ from cliptune.errors import CliptuneError, ImageDecodeError, TextError
 from cliptune.tensors import unpack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.clip import Clip
-from cliptune_model.pixels import decode_image, image_from_pixels
+from cliptune_model.image_reader import ImageReader
 from cliptune_model.tokens import check_text
 from cliptune_server.engine.progress import Progress
 
@@ -54,12 +54,12 @@ class Decoder:
         self._images.shutdown(wait=False, cancel_futures=True)
         self._texts.shutdown(wait=False, cancel_futures=True)
 
-    async def image(self, clip: Clip, image: tensor_pb2.Image) -> Tensor:
+    async def image(self, reader: ImageReader, image: tensor_pb2.Image) -> Tensor:
         """One image → [3, H, W]. Raises what is wrong with it."""
         seconds: list[float] = []
         try:
             return await asyncio.get_running_loop().run_in_executor(
-                self._images, self._image, clip, image, seconds
+                self._images, self._image, reader, image, seconds
             )
         finally:
             self._count(seconds, 1)
@@ -77,13 +77,13 @@ class Decoder:
         self.seconds += sum(seconds)
         self.items += items if seconds else 0
 
-    def _image(self, clip: Clip, image: tensor_pb2.Image, seconds: list[float]) -> Tensor:
+    def _image(self, reader: ImageReader, image: tensor_pb2.Image, seconds: list[float]) -> Tensor:
         with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
             match image.WhichOneof("source"):
                 case "encoded":
-                    return clip.preprocess(decode_image(image.encoded))
+                    return reader.encoded(image.encoded)
                 case "pixels":
-                    return clip.preprocess(image_from_pixels(unpack(image.pixels)))
+                    return reader.pixels(unpack(image.pixels))
             raise ImageDecodeError("the image has neither bytes of a file nor pixels")
 
     def _tokenise(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:

@@ -215,7 +215,7 @@ class Inference:
                 try:
                     if caller.late():
                         raise DeadlineExceededError("the deadline was over before the image was decoded")
-                    image_CHW = await self._decoder.image(model.clip, images[place])
+                    image_CHW = await self._decoder.image(model.reader, images[place])
                 finally:
                     left_to_decode -= 1
                     if not left_to_decode:

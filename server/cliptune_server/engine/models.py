@@ -24,10 +24,14 @@ from cliptune.errors import CliptuneError, InternalError, ModelStateError
 from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
-from cliptune_model.acceleration.folded import fold
+from cliptune_model.acceleration.fidelity import ServingWay, choose_way
+from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
 from cliptune_model.exported import MANIFEST_FILE, load_exported, read_manifest
+from cliptune_model.image_reader import ImageReader
+from cliptune_model.machine.hardware import detect
+from cliptune_model.machine.proofs import Proofs
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
@@ -54,6 +58,8 @@ class ServedModel:
     images: Lane
     texts: Lane
     scores: Scores
+    reader: ImageReader
+    way: ServingWay
     decoded_ahead: asyncio.Semaphore
     """Decoded images that may wait for this model: two batches, so that one is ready while another runs."""
     trained_dims: tuple[int, ...] = ()
@@ -77,7 +83,20 @@ class ServedModel:
             image_size=self.clip.image_size[0],
             logit_scale=self.clip.logit_scale,
             load_seconds=self.load_seconds,
+            precision=self.way.precision.value,
+            precision_cosine=self.way.precision_cosine,
+            decode=self.way.decode.value,
+            decode_cosine=self.way.decode_cosine,
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """What a folder was made into."""
+
+    towers: Towers
+    way: ServingWay
+    trained_dims: tuple[int, ...]
 
 
 class ModelSet:
@@ -92,8 +111,15 @@ class ModelSet:
         decoder: Decoder,
         decoded_ahead: int,
         cache: EmbeddingCache,
+        precision: str,
+        decode: str,
+        proofs: Proofs,
     ) -> None:
+        """`precision`, `decode`: as `choose_way` takes them."""
         self.device: Final = device
+        self._precision: Final = precision
+        self._decode: Final = decode
+        self._proofs: Final = proofs
         self._cache: Final = cache
         self._attention: Final = attention
         self._batcher: Final = batcher
@@ -143,8 +169,7 @@ class ModelSet:
                 )
             began_s = time.perf_counter()
             loop = asyncio.get_running_loop()
-            towers, trained_dims = await loop.run_in_executor(self._loader, self._read, path)
-            model = self._open(key, path, towers, trained_dims)
+            model = self._open(key, path, await loop.run_in_executor(self._loader, self._read, path))
             try:
                 # The first forward is much slower than the others, which the batcher is to learn from.
                 await self.ask_canary(model)
@@ -188,7 +213,7 @@ class ModelSet:
     async def ask_canary(self, model: ServedModel) -> None:
         """An image and a text, by the path of requests but before them."""
         caller = Caller.current()
-        image_CHW = await self._decoder.image(model.clip, _CANARY_IMAGE)
+        image_CHW = await self._decoder.image(model.reader, _CANARY_IMAGE)
         (tokens_L,) = await self._decoder.texts(model.clip, [_CANARY_TEXT])
         if isinstance(tokens_L, CliptuneError):
             raise InternalError(f"the canary's text was refused: {tokens_L.message}")
@@ -197,14 +222,17 @@ class ModelSet:
             self._batcher.submit(model.texts, tokens_L, caller, length=len(tokens_L), urgent=True),
         )
 
-    def _open(self, key: str, path: str, towers: Towers, trained_dims: tuple[int, ...]) -> ServedModel:
+    def _open(self, key: str, path: str, read: _Read) -> ServedModel:
+        towers = read.towers
         return ServedModel(
             key=key,
             path=path,
             clip=towers.clip,
             images=self._batcher.open(key, "image", towers.images, towers.stack),
             texts=self._batcher.open(key, "text", towers.texts, towers.stack),
-            trained_dims=trained_dims,
+            reader=ImageReader(towers.clip, fast=read.way.decode.value == "fast"),
+            way=read.way,
+            trained_dims=read.trained_dims,
             scores=Scores(towers.clip.similarity),
             decoded_ahead=asyncio.Semaphore(self._decoded_ahead),
         )
@@ -216,12 +244,18 @@ class ModelSet:
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
 
-    def _read(self, path: str) -> tuple[Towers, tuple[int, ...]]:
-        clip, folded = fold(load_exported(Path(path), device=self.device))
-        _log.info("folded_towers = %s: %s", folded.value, folded.reason, extra={"path": path})
+    def _read(self, path: str) -> _Read:
+        clip = load_exported(Path(path), device=self.device)
+        make_lean(clip, choose_lean(clip))
         install(clip.model, self._attention)
+        clip.model.eval()
+        machine = detect(self.device)
+        way = choose_way(clip, machine, precision=self._precision, decode=self._decode, proofs=self._proofs)
+        for choice in (way.precision, way.decode):
+            _log.info("%s: %s (%s)", choice.subject, choice.value, choice.reason, extra={"path": path})
         told = (Path(path) / MANIFEST_FILE).is_file()
-        return Towers(clip), tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()
+        trained_dims = tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()
+        return _Read(towers=Towers(clip, way.autocast(self.device)), way=way, trained_dims=trained_dims)
 
     def _probe(self) -> None:
         ones = torch.ones(8, 8, device=self.device)

@@ -10,6 +10,7 @@ Shape suffixes: N items, C channels, H height, W width, L tokens, D embedding.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
@@ -18,14 +19,17 @@ import torch
 from torch import Tensor
 
 from cliptune.errors import OverloadedError
+from cliptune_model.acceleration.fidelity import Autocast
 from cliptune_model.clip import Clip
 
 
 class Towers:
     """Forwards of one model."""
 
-    def __init__(self, clip: Clip) -> None:
+    def __init__(self, clip: Clip, autocast: Autocast = nullcontext) -> None:
+        """`autocast`: around each forward, where a lower precision was found near enough."""
         self.clip: Final = clip
+        self._autocast: Final = autocast
         self._device: Final = clip.device
         clip.model.eval().requires_grad_(False)
         clip.similarity.eval().requires_grad_(False)
@@ -45,7 +49,10 @@ class Towers:
     def images(self, images_NCHW: Tensor) -> npt.NDArray[np.float32]:
         """[N, 3, H, W] → [N, D]."""
         try:
-            return self._numpy(self.clip.encode_images(images_NCHW.to(self._device, non_blocking=True)))
+            on_device_NCHW = images_NCHW.to(self._device, non_blocking=True)
+            with self._autocast():
+                features_ND = self.clip.encode_images(on_device_NCHW)
+            return self._numpy(features_ND)
         except RuntimeError as error:
             raise _told(error) from error
 
@@ -53,7 +60,10 @@ class Towers:
     def texts(self, tokens_NL: Tensor) -> npt.NDArray[np.float32]:
         """[N, L] int64 → [N, D]."""
         try:
-            return self._numpy(self.clip.encode_texts(tokens_NL.to(self._device, non_blocking=True)))
+            on_device_NL = tokens_NL.to(self._device, non_blocking=True)
+            with self._autocast():
+                features_ND = self.clip.encode_texts(on_device_NL)
+            return self._numpy(features_ND)
         except RuntimeError as error:
             raise _told(error) from error
 

@@ -59,12 +59,22 @@ class LoadedModel(google.protobuf.message.Message):
     IMAGE_SIZE_FIELD_NUMBER: builtins.int
     LOGIT_SCALE_FIELD_NUMBER: builtins.int
     LOAD_SECONDS_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    PRECISION_COSINE_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    DECODE_COSINE_FIELD_NUMBER: builtins.int
     key: builtins.str
     path: builtins.str
     embedding_dim: builtins.int
     image_size: builtins.int
     logit_scale: builtins.float
     load_seconds: builtins.float
+    precision: builtins.str
+    """"fp32", "bf16" or "fp16", and the least cosine to fp32 that was measured."""
+    precision_cosine: builtins.float
+    decode: builtins.str
+    """"exact" or "fast", and the least cosine to the exact transform that was measured."""
+    decode_cosine: builtins.float
     def __init__(
         self,
         *,
@@ -74,8 +84,12 @@ class LoadedModel(google.protobuf.message.Message):
         image_size: builtins.int = ...,
         logit_scale: builtins.float = ...,
         load_seconds: builtins.float = ...,
+        precision: builtins.str = ...,
+        precision_cosine: builtins.float = ...,
+        decode: builtins.str = ...,
+        decode_cosine: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["embedding_dim", b"embedding_dim", "image_size", b"image_size", "key", b"key", "load_seconds", b"load_seconds", "logit_scale", b"logit_scale", "path", b"path"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_cosine", b"decode_cosine", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "key", b"key", "load_seconds", b"load_seconds", "logit_scale", b"logit_scale", "path", b"path", "precision", b"precision", "precision_cosine", b"precision_cosine"]) -> None: ...
 
 global___LoadedModel = LoadedModel
 
