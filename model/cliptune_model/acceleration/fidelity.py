@@ -98,6 +98,8 @@ def _precision(
         if not machine.cpu_bf16:
             return choice("fp32", "this processor has no bf16 instructions"), 1.0
         value, why = "bf16", "this processor computes bf16 itself"
+    elif machine.accelerator == "mps" and not proofs.failed("fp16"):
+        value, why = "fp16", "every Apple GPU computes fp16, and a forward alone needs no loss scaling"
     else:
         best = automatic_precisions(machine, proofs)[0]
         value, why = best.value, best.reason

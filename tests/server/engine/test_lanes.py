@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 from opentelemetry.context import Context
 
-from cliptune.errors import DeadlineExceededError
-from cliptune_server.engine.batcher import Batcher, BatcherConfig, Lane
+from cliptune.errors import DeadlineExceededError, OverloadedError
+from cliptune_server.engine.batcher import Batcher, BatcherConfig, Lane, Vector
 from cliptune_server.engine.cost import Cost
 from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.spans import Caller
@@ -200,3 +203,54 @@ async def test_what_is_pending_counts_as_work_to_come_by_its_priority(batcher: B
         assert batcher.backlog_s(interactive=True) == pytest.approx(0.5)
         assert batcher.backlog_s() == pytest.approx(2.5)
     assert batcher.backlog_s() == 0
+
+
+async def test_each_of_10000_fuzzed_items_is_answered_and_none_that_was_given_up_is_forwarded() -> None:
+    chance = random.Random(11)
+    forwarded: set[int] = set()
+    given_up: set[int] = set()
+
+    def forward(payloads: list[int]) -> Vector:
+        assert not given_up.intersection(payloads), "a cancelled item was forwarded"
+        if any(payload % 211 == 0 for payload in payloads):
+            raise RuntimeError("poisoned")
+        if len(payloads) > 24:
+            raise OverloadedError("the device has not enough memory for this forward")
+        forwarded.update(payloads)
+        return np.array(
+            [[np.nan if payload % 97 == 0 else payload] for payload in payloads], dtype=np.float32
+        )
+
+    batcher = Batcher(progress=Progress(), threads=lambda: None, config=BatcherConfig(max_items=32))
+    batcher.start()
+    lanes = [batcher.open("m:1", tower, forward, list) for tower in ("image", "text")]  # type: ignore[arg-type]
+    answers: dict[int, asyncio.Future[Vector]] = {}
+    for number in range(10_000):
+        deadline_s = time.monotonic() + chance.choice([-1.0, 60.0]) if chance.random() < 0.1 else None
+        caller = Caller(context=Context(), deadline_s=deadline_s, bulk=chance.random() < 0.5)
+        answers[number] = batcher.submit(
+            chance.choice(lanes),
+            number,
+            caller,
+            shape=chance.choice([None, (3, 32)]),
+            length=chance.choice([16, 24, 77]),
+            urgent=chance.random() < 0.01,
+        )
+        if chance.random() < 0.05:
+            victim = chance.randrange(number + 1)
+            # Given up before its forward, or too late to matter: a forward may hold it already.
+            if answers[victim].cancel() and not any(lane.running for lane in lanes):
+                given_up.add(victim)
+        if chance.random() < 0.02:
+            await asyncio.sleep(0)
+    async with asyncio.timeout(60):
+        outcomes = await asyncio.gather(*answers.values(), return_exceptions=True)
+    await batcher.close()
+    kinds = Counter(type(outcome).__name__ for outcome in outcomes)
+    assert set(kinds) == {"ndarray", "InternalError", "DeadlineExceededError", "CancelledError"}
+    for number, outcome in enumerate(outcomes):
+        if isinstance(outcome, np.ndarray):
+            assert outcome[0] == number
+            assert number % 211
+            assert number % 97
+    assert not forwarded & given_up
