@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from cliptune.session_aio import AsyncSession
     from cliptune.spec import load_spec, spec_from_mapping, spec_to_mapping, validate_shape
     from cliptune.study import TrialDone
+    from cliptune.sweep import ResolutionSweep, SizeResult
     from cliptune.v1.spec_pb2 import JobSpec
 
 __version__ = "0.1.0"
@@ -146,9 +147,11 @@ __all__ = [
     "Profile",
     "Progress",
     "RequestTooLargeError",
+    "ResolutionSweep",
     "SampleRow",
     "Session",
     "Similarity",
+    "SizeResult",
     "SpecError",
     "StateChange",
     "TensorError",
@@ -262,6 +265,10 @@ _NAMES: Final = {
         "spec_from_mapping",
         "spec_to_mapping",
         "validate_shape",
+    ),
+    "sweep": (
+        "ResolutionSweep",
+        "SizeResult",
     ),
     "study": ("TrialDone",),
     "v1.spec_pb2": ("JobSpec",),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cliptune.sweep import ResolutionSweep, sweep_from_message
 from cliptune.v1 import job_pb2
 
 
@@ -50,6 +51,8 @@ class Evaluation:
     images have several labels."""
     pictures: tuple[str, ...] = ()
     """Paths in the job's folder; the gateway serves them as /v1/jobs/{id}/PATH."""
+    sweep: ResolutionSweep | None = None
+    """The model over image sizes, where that was asked for."""
 
     @property
     def main(self) -> float:
@@ -79,4 +82,5 @@ def evaluation_from_message(message: job_pb2.Evaluation) -> Evaluation:
             for start in range(0, len(message.confusion), classes or 1)
         ),
         pictures=tuple(message.pictures),
+        sweep=sweep_from_message(message.sweep, message.main_metric) if message.HasField("sweep") else None,
     )

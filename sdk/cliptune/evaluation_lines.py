@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from cliptune.evaluation import Evaluation
+from cliptune.sweep import SWEEP_HEAD, sweep_rows, sweep_summary
 
 METRIC_HEAD: Final = ("METRIC", "VALUE", "95 % INTERVAL")
 CLASS_HEAD: Final = ("CLASS", "IMAGES", "PRECISION", "RECALL", "AUROC", "AVERAGE PRECISION")
@@ -62,6 +63,10 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
         rows = class_rows(evaluation)
         if rows and len(rows) <= _CLASSES_IN_LINES:
             lines += [f"  {line}" for line in _columns([CLASS_HEAD, *rows])]
+        if evaluation.sweep is not None:
+            rows = [SWEEP_HEAD, *sweep_rows(evaluation.sweep)]
+            lines += [f"  {line.rstrip()}" for line in _columns(rows)]
+            lines.append(f"  {sweep_summary(evaluation.sweep)}")
         lines += [f"  {path}" for path in evaluation.pictures]
     return lines
 

@@ -20,7 +20,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from cliptune.dataset_layout import SCHEME, is_pattern, matching
 from cliptune.errors import InvalidInputError, SpecError
-from cliptune.spec_shape import RULES, Range, validate_shape, validate_values, wrong_value
+from cliptune.spec_shape import NOT_EMPTY, RULES, Range, validate_shape, validate_values, wrong_value
 from cliptune.v1 import spec_pb2
 
 __all__ = [
@@ -196,6 +196,8 @@ def _fill(message: Any, mapping: object, path: str) -> None:
         elif is_repeated(field):
             if isinstance(value, str | bytes) or not isinstance(value, Sequence):
                 raise wrong_value(here, value, "a list")
+            if not value and here in NOT_EMPTY:
+                raise wrong_value(here, value, "at least one size in pixels, or leave it out")
             items = getattr(message, field.name)
             for index, item in enumerate(value):
                 place = f"{here}[{index}]"

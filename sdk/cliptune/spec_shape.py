@@ -86,6 +86,8 @@ class Pattern(NamedTuple):
 
 
 _AT_LEAST_ONE: Final = Range(1)
+# Of images, in pixels; what a model takes is known once it is built.
+_SIDE: Final = Range(1, 4096)
 _NAMED: Final = Pattern(_NAME, NAME_RULE)
 _SWITCH: Final = Choice(("auto", "on", "off"))
 # Which there are is known where the job will run: entry points of one's own count.
@@ -99,6 +101,7 @@ RULES: Final[dict[str, Rule]] = {
     "name": _NAMED,
     "domain": Choice(DOMAINS),
     "model.context_length": Range(1, 4096),
+    "model.patch_size": Range(1, 512),
     "model.similarity": Pattern(_OWN, "a name as cosine, or FILE.py:NAME"),
     "data.validation_fraction": Range(0, 0.9),
     "data.max_bad_fraction": Range(0, 1),
@@ -128,6 +131,11 @@ RULES: Final[dict[str, Rule]] = {
     "train.checkpointing": _SWITCH,
     "train.micro_batch_size": _AT_LEAST_ONE,
     "train.compile": _SWITCH,
+    "train.resolution.schedule": Choice(("fixed", "progressive", "multi_scale")),
+    "train.resolution.tail_fraction": Range(0, 1),
+    "train.resolution.finish_fraction": Range(0, 1),
+    "train.resolution.finish_size": _SIDE,
+    "train.resolution.first_augmentation": Range(0, 1),
     "loss.name": _LOSS,
     "loss.tiling": _SWITCH,
     "loss.weighting": Choice(("fixed", "uncertainty")),
@@ -138,6 +146,7 @@ RULES: Final[dict[str, Rule]] = {
     "evaluation.batch_size": _AT_LEAST_ONE,
     "evaluation.main_metric": Choice(MAIN_METRICS),
     "evaluation.bootstrap_samples": Range(0, 100_000),
+    "evaluation.latency_budget_ms": Range(0, 1e6, open_low=True),
     "checkpoint.every_steps": _AT_LEAST_ONE,
     "checkpoint.keep": _AT_LEAST_ONE,
     "publish.model": _NAMED,
@@ -149,6 +158,8 @@ RULES: Final[dict[str, Rule]] = {
     "tune.budget_seconds": Range(0),
     "tune.parallel": Range(1, 64),
 }
+# Lists that are left out rather than empty: without them sizes are chosen, which nobody means by [].
+NOT_EMPTY: Final = ("train.resolution.sizes", "evaluation.resolutions")
 LABEL_PLACE: Final = "{label}"
 REQUIRED: Final = ("name", "model.name", "data.train")
 
@@ -174,6 +185,7 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     _check_data(spec.data)
     _check_classes(spec.evaluation.classes)
     _check_prompts(spec.evaluation)
+    _check_sizes(spec)
     for index, alias in enumerate(spec.publish.aliases):
         if not _NAMED.holds(alias):
             raise wrong_value(f"publish.aliases[{index}]", alias, NAME_RULE)
@@ -241,6 +253,29 @@ def _check_loss(loss: spec_pb2.LossSpec) -> None:
         if dim <= before:
             raise wrong_value(f"loss.matryoshka_dims[{index}]", dim, f"> {before}, as they rise")
         before = dim
+
+
+def _check_sizes(spec: spec_pb2.JobSpec) -> None:
+    resolution = spec.train.resolution
+    for path, sides in (
+        ("train.resolution.sizes", resolution.sizes),
+        ("evaluation.resolutions", spec.evaluation.resolutions),
+    ):
+        before = 0
+        for index, side in enumerate(sides):
+            if not _SIDE.holds(side):
+                raise wrong_value(f"{path}[{index}]", side, f"a side in pixels, {_SIDE.allowed}")
+            if side <= before:
+                raise wrong_value(f"{path}[{index}]", side, f"> {before}, as they rise")
+            before = side
+    several = (resolution.schedule or "fixed") != "fixed"
+    if resolution.sizes and several != (len(resolution.sizes) > 1):
+        allowed = "two or more sizes" if several else 'one size, or schedule "progressive" or "multi_scale"'
+        raise wrong_value("train.resolution.sizes", list(resolution.sizes), allowed)
+    if resolution.HasField("finish_size") and not resolution.finish_fraction:
+        raise wrong_value(
+            "train.resolution.finish_size", resolution.finish_size, "none without finish_fraction"
+        )
 
 
 def _check_data(data: spec_pb2.DataSpec) -> None:

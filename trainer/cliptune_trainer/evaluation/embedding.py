@@ -24,6 +24,7 @@ from cliptune_model.clip import Clip
 from cliptune_trainer.data.loading.decode import Decoder, Pixels, thread_pool
 from cliptune_trainer.data.loading.images import Normalisation
 from cliptune_trainer.data.source import ImageSource
+from cliptune_trainer.evaluation.degrade import Degrade
 from cliptune_trainer.evaluation.metrics import DECIMALS, Booleans, Floats
 from cliptune_trainer.image.reading import Reading
 
@@ -37,7 +38,12 @@ class EmbeddedImages(NamedTuple):
 
 @torch.no_grad()
 def embed_images(
-    clip: Clip, images: Sequence[ImageSource], reading: Reading, batch_size: int, check: Callable[[], None]
+    clip: Clip,
+    images: Sequence[ImageSource],
+    reading: Reading,
+    batch_size: int,
+    check: Callable[[], None],
+    degrade: Degrade | None = None,
 ) -> EmbeddedImages:
     """Opens and embeds; the next batch is decoded while the towers are at work. `check` may raise."""
     readable_I = np.zeros(len(images), dtype=np.bool_)
@@ -48,12 +54,14 @@ def embed_images(
         parts = [
             range(len(images))[start : start + batch_size] for start in range(0, len(images), batch_size)
         ]
-        upcoming = [pool.submit(_open, decoder, images[place]) for place in parts[0]] if parts else []
+        upcoming = (
+            [pool.submit(_open, decoder, images[place], degrade) for place in parts[0]] if parts else []
+        )
         for number, part in enumerate(parts):
             check()
             decoding = upcoming
             following = parts[number + 1] if number + 1 < len(parts) else range(0)
-            upcoming = [pool.submit(_open, decoder, images[place]) for place in following]
+            upcoming = [pool.submit(_open, decoder, images[place], degrade) for place in following]
             opened = [(place, future.result()) for place, future in zip(part, decoding, strict=True)]
             found = [(place, pixels) for place, pixels in opened if pixels is not None]
             if not found:
@@ -135,8 +143,9 @@ def _lengths(vectors_NP: Floats) -> Floats:
     return lengths_N
 
 
-def _open(decoder: Decoder, image: ImageSource) -> Pixels | None:
+def _open(decoder: Decoder, image: ImageSource, degrade: Degrade | None) -> Pixels | None:
     try:
-        return decoder(image)
+        pixels = decoder(image)
+        return pixels if degrade is None else degrade(pixels)
     except (CliptuneError, OSError):
         return None

@@ -20,6 +20,7 @@ from cliptune_model.clip import Clip
 from cliptune_model.zero_shot import class_embeddings
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.evaluation.bootstrap import Statistic, intervals
+from cliptune_trainer.evaluation.degrade import Degrade
 from cliptune_trainer.evaluation.embedding import (
     EmbeddedImages,
     Scorer,
@@ -46,6 +47,7 @@ def evaluate(
     several_labels: bool = False,
     main_metric: str = "",
     bootstrap_samples: int = 0,
+    degrade: Degrade | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Measurement:
     """Measures retrieval over all rows, and zero-shot classification over those with labels.
@@ -58,6 +60,7 @@ def evaluate(
         several_labels: an image may have several labels, and none.
         main_metric: told as such if it can be measured.
         bootstrap_samples: resamples behind each interval; 0: no intervals.
+        degrade: what is done to images, as another sensor would. None: nothing.
         interrupted: asked between forward passes and between blocks of resamples.
 
     Raises:
@@ -75,7 +78,7 @@ def evaluate(
     with evaluation_mode(clip.model):
         folded, _ = fold(clip)
         images = embed_images(
-            folded, [pairs.pairs[row].image for row in image_rows], pairs.reading, batch_size, check
+            folded, [pairs.pairs[row].image for row in image_rows], pairs.reading, batch_size, check, degrade
         )
         texts_TP = embed_texts(clip, [pairs.pairs[row].caption for row in caption_rows], batch_size, check)
         truth = Truth.of(pairs, classes, several_labels=several_labels).readable(images.readable_I)

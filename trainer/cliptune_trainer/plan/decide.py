@@ -27,8 +27,8 @@ from cliptune_trainer.plan.cautions import settings_to_mind
 from cliptune_trainer.plan.learning_rate import choose_learning_rate
 from cliptune_trainer.plan.loss_needs import check_loss
 from cliptune_trainer.remark import Remark
-from cliptune_trainer.resolution.schedule import SizeSchedule
-from cliptune_trainer.resolution.settle import settle_sizes
+from cliptune_trainer.resolution.schedule import Size, SizeSchedule
+from cliptune_trainer.resolution.settle import settle_sizes, settle_sweep
 from cliptune_trainer.spec import ClassConfig, Spec, wrong
 
 USUAL_BATCH_SIZE: Final = 64
@@ -58,6 +58,7 @@ class Decisions:
     workers: int
     exact_decode: bool
     sizes: SizeSchedule
+    sweep: tuple[Size, ...]
     choices: tuple[Choice, ...]
     remarks: tuple[Remark, ...]
 
@@ -145,6 +146,7 @@ def decide(
         workers=int(workers.value),
         exact_decode=decode.value == "exact",
         sizes=settled.schedule,
+        sweep=settle_sweep(spec, clip, settled.schedule),
         choices=tuple(choices),
         remarks=tuple(remarks),
     )

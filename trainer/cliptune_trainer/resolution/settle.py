@@ -75,6 +75,23 @@ def settle_sizes(spec: Spec, clip: Clip, total_steps: int) -> Settled:
     )
 
 
+def settle_sweep(spec: Spec, clip: Clip, schedule: SizeSchedule) -> tuple[Size, ...]:
+    """The sizes that the trained model is measured at, the target among them; none: no sweep.
+
+    Raises:
+        InvalidInputError: a size that the model cannot take.
+    """
+    config = spec.evaluation
+    path = "evaluation.resolutions"
+    asked = {
+        fitted(clip, (side, side), path=f"{path}[{place}]") for place, side in enumerate(config.resolutions)
+    }
+    trained = set(schedule.sizes) if len(schedule.sizes) > 1 else set[Size]()
+    wanted = asked or trained
+    wanted = wanted | {schedule.target} if wanted or config.degradations else wanted
+    return tuple(sorted(wanted, key=lambda size: (size[0] * size[1], size)))
+
+
 def _stages(
     config: ResolutionConfig, sizes: tuple[Size, ...], augment: Augmentation, steps: int
 ) -> list[Stage]:

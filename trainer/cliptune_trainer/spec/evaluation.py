@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Final
 
 from cliptune.metric_names import MAIN_METRICS
 from cliptune.spec_shape import LABEL_PLACE
 from cliptune.v1 import spec_pb2
 from cliptune_trainer.spec.check import one_of, within, wrong
+from cliptune_trainer.spec.resolution import LARGEST_SIDE
 
 DEFAULT_TEMPLATES: Final = (f"a photo of a {LABEL_PLACE}",)
 DEFAULT_BOOTSTRAP_SAMPLES: Final = 1000
@@ -38,11 +40,19 @@ class EvaluationConfig:
     label_names: Mapping[str, str] = field(default_factory=dict)
     main_metric: str = ""  # chosen by what can be measured
     bootstrap_samples: int = DEFAULT_BOOTSTRAP_SAMPLES
+    resolutions: tuple[int, ...] = ()  # those that the model was trained at, if several
+    latency_budget_ms: float = 0.0  # none
+    degradations: bool | None = None  # with a sweep
 
     def __post_init__(self) -> None:
         within("evaluation.every_epochs", self.every_epochs, 0, 1_000_000)
         within("evaluation.batch_size", self.batch_size, 1, 65_536)
         within("evaluation.bootstrap_samples", self.bootstrap_samples, 0, 100_000)
+        for place, side in enumerate(self.resolutions):
+            within(f"evaluation.resolutions[{place}]", side, 1, LARGEST_SIDE)
+        if any(low >= high for low, high in pairwise(self.resolutions)):
+            raise wrong("evaluation.resolutions", f"{list(self.resolutions)}", "sizes that rise, each once")
+        within("evaluation.latency_budget_ms", self.latency_budget_ms, 0.0, 1e6)
         if self.main_metric:
             one_of("evaluation.main_metric", self.main_metric, MAIN_METRICS)
         for place, template in enumerate(self.prompt_templates):
@@ -76,6 +86,9 @@ def evaluation_config(evaluation: spec_pb2.EvaluationSpec) -> EvaluationConfig:
         bootstrap_samples=(
             evaluation.bootstrap_samples if has("bootstrap_samples") else DEFAULT_BOOTSTRAP_SAMPLES
         ),
+        resolutions=tuple(evaluation.resolutions),
+        latency_budget_ms=evaluation.latency_budget_ms,
+        degradations=evaluation.degradations if has("degradations") else None,
     )
     return replace(ways, classes=_classes(evaluation.classes, ways))
 
