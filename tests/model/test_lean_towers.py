@@ -25,6 +25,12 @@ MODELS: dict[str, tuple[type[nn.Module], dict[str, Any], dict[str, Any]]] = {
     "custom text, scaled layers": (CustomTextCLIP, VISION | {"ls_init_value": 0.2}, TEXT),
     "average pooling": (CLIP, VISION | {"pool_type": "avg"}, TEXT),
     "siglip's text": (CustomTextCLIP, VISION, TEXT | {"no_causal_mask": True, "pool_type": "last"}),
+    "a convolutional tower of timm's": (
+        CustomTextCLIP,
+        {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
+        TEXT,
+    ),
+    "a resnet": (CLIP, {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16}, TEXT),
     "eos pooling": (CLIP, VISION, TEXT | {"pool_type": "eos", "eos_id": 49407}),
 }
 
@@ -121,6 +127,8 @@ def test_only_what_a_part_is_written_for_is_replaced() -> None:
     assert pooled == ["visual.transformer.resblocks.1"]
     causal = [module.causal for module in siglip.model.modules() if isinstance(module, LeanAttention)]
     assert not any(causal)
+    for kind in ("a convolutional tower of timm's", "a resnet"):
+        assert choose_lean(clip_of(kind)).value == "attention, pooling, layout"
     clip = clip_of("clip")
     for block in cast(Any, clip.model).visual.transformer.resblocks:
         block.attn = nn.Identity()  # somebody else's attention

@@ -8,23 +8,40 @@ the trainer before attention, checkpointing and compilation are installed, and b
     patches     those that do not overlap, as one matrix product instead of a convolution
     pooling     a tower's last block for the pooled token alone: no other token of it is ever read. Saves 10
                 of 12 parts of a block's products: 7 % of a tower of 12 blocks
+    layout      images enter convolutional towers with their channels beside each other in memory, as a CPU's
+                convolutions like them: a step of cliptune-mini on one core in 0.72 of the time
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTransformer
 from torch import Tensor, nn
 
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.towers.lean_blocks import LeanAttention, PatchProjection, PooledBlock, PoolingTransformer
+from cliptune_model.towers.lean_blocks import (
+    ChannelsLastResNet,
+    ChannelsLastTimm,
+    LeanAttention,
+    PatchProjection,
+    PooledBlock,
+    PoolingTransformer,
+)
 from cliptune_model.towers.text_tower import text_tower
 
-PARTS: Final = ("attention", "patches", "pooling")
+PARTS: Final = ("attention", "patches", "pooling", "layout")
+_CPU_ALONE: Final = frozenset({"layout"})  # elsewhere nobody has measured it
+
+_CHANNELS_LAST: Final[dict[type[nn.Module], type[nn.Module]]] = {
+    TimmModel: ChannelsLastTimm,
+    ModifiedResNet: ChannelsLastResNet,
+}
 
 
 def choose_lean(clip: Clip) -> Choice:
@@ -32,9 +49,11 @@ def choose_lean(clip: Clip) -> Choice:
     if clip.device.type == "mps":
         reason = "proved on CPU and CUDA alone; on Apple's GPU open_clip's own modules run"
         return Choice(subject="lean_towers", value="off", reason=reason)
-    parts = [part for part in PARTS if any(_replacements(clip.model, part))]
+    possible = [part for part in PARTS if clip.device.type == "cpu" or part not in _CPU_ALONE]
+    parts = [part for part in possible if any(_replacements(clip.model, part))]
     if not parts:
-        return Choice(subject="lean_towers", value="off", reason="no tower is open_clip's own transformer")
+        reason = "no tower is open_clip's own transformer, or convolutional on a CPU"
+        return Choice(subject="lean_towers", value="off", reason=reason)
     return Choice(
         subject="lean_towers",
         value=", ".join(parts),
@@ -77,6 +96,11 @@ def _replacements(model: nn.Module, part: str) -> Iterator[tuple[nn.Module, type
         ):
             yield tower.module.transformer.resblocks[-1], PooledBlock
             yield tower.module.transformer, PoolingTransformer
+    elif part == "layout":
+        tower_module = cast(nn.Module, model.visual)
+        kind = _CHANNELS_LAST.get(type(tower_module))
+        if kind is not None and any(isinstance(inner, nn.BatchNorm2d) for inner in tower_module.modules()):
+            yield tower_module, kind
 
 
 def _plain(block: Any) -> bool:

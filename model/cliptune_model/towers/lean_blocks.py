@@ -1,10 +1,10 @@
-"""Parts of open_clip's transformers with less work and fewer copies, and the same results.
+"""Parts of open_clip's towers with less work and fewer copies, and the same results.
 
 Enters and leaves: what the base classes take and give. `lean.make_lean` gives modules of a model these
 classes; weights and their names stay as they are.
 
 Shape suffixes: B batch, L tokens, W width, H heads, E width of a head, C channels, K values of a patch;
-h, w: patches down and across.
+h, w: patches down and across, or an image's own height and width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,3 +125,21 @@ class PoolingTransformer(Transformer):  # type: ignore[misc]
         for block in blocks:
             x = block(x, attn_mask=attn_mask)
         return cast(Tensor, last(x, attn_mask=attn_mask, pooled_B=pooled_B))
+
+
+class ChannelsLastTimm(TimmModel):  # type: ignore[misc]
+    """timm's convolutional towers with channels beside each other in memory: convolutions follow the input."""
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B, C, h, w] → [B, W]."""
+        features_BW: Tensor = super().forward(x_BChw.contiguous(memory_format=torch.channels_last))
+        return features_BW
+
+
+class ChannelsLastResNet(ModifiedResNet):  # type: ignore[misc]
+    """open_clip's ResNets, likewise."""
+
+    def forward(self, x_BChw: Tensor) -> Tensor:
+        """[B, C, h, w] → [B, W]."""
+        features_BW: Tensor = super().forward(x_BChw.contiguous(memory_format=torch.channels_last))
+        return features_BW
