@@ -128,7 +128,7 @@ class PoolingTransformer(Transformer):  # type: ignore[misc]
 
 
 class ChannelsLastTimm(TimmModel):  # type: ignore[misc]
-    """timm's convolutional towers with channels beside each other in memory: convolutions follow the input."""
+    """timm's convolutional towers, channels beside each other in memory: convolutions follow the input."""
 
     def forward(self, x_BChw: Tensor) -> Tensor:
         """[B, C, h, w] → [B, W]."""
