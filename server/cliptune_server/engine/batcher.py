@@ -202,7 +202,10 @@ class Batcher:
         items = self._take(lane)
         if items:
             payloads = [item.payload for item in items]
-            ready = asyncio.get_running_loop().run_in_executor(self._preparer, lane.prepare, payloads)
+            limit_s = lane.cost.stall_limit_s(positions_of(items))
+            ready = asyncio.get_running_loop().run_in_executor(
+                self._preparer, self._timed, lambda: lane.prepare(payloads), limit_s
+            )
             self._prepared = Batch(lane=lane, items=items, ready=ready)
 
     def _drop_prepared(self, error: CliptuneError) -> None:

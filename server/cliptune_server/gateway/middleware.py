@@ -22,6 +22,9 @@ from cliptune_server.metrics import Metrics
 TIMEOUT_HEADER = "X-Request-Timeout-S"
 # What goes to the disk as it comes, and was announced with its size before.
 _STREAMED = ("PUT", "/v1/uploads/")
+# Parsed, JSON takes some ten times its bytes, and the loop that everyone waits for. Files have forms and
+# binary tensors.
+_JSON_BYTES = 32 * 1024 * 1024
 # Asked every few seconds by machines; a trace of each would drown the others.
 _UNTRACED = {"/healthz", "/readyz", "/metrics"}
 _TIMEOUT_KEY = "cliptune.timeout_s"
@@ -137,24 +140,28 @@ class BodyLimit:
         if scope["type"] != "http" or (scope["method"], scope["path"][: len(_STREAMED[1])]) == _STREAMED:
             await self._app(scope, receive, send)
             return
-        told = dict(scope["headers"]).get(b"content-length", b"")
-        if told.isdigit() and int(told) > self._max_body_bytes:
-            raise self._too_large()
+        headers = dict(scope["headers"])
+        told = headers.get(b"content-length", b"")
+        is_json = headers.get(b"content-type", b"").lower().startswith(b"application/json")
+        limit = min(_JSON_BYTES, self._max_body_bytes) if is_json else self._max_body_bytes
+        if told.isdigit() and int(told) > limit:
+            raise _too_large(limit, is_json=is_json)
         received_bytes = 0
 
         async def receive_within() -> Message:
             nonlocal received_bytes
             message = await receive()
             received_bytes += len(message.get("body", b""))
-            if received_bytes > self._max_body_bytes:
-                raise self._too_large()
+            if received_bytes > limit:
+                raise _too_large(limit, is_json=is_json)
             return message
 
         await self._app(scope, receive_within, send)
 
-    def _too_large(self) -> RequestTooLargeError:
-        limit = self._max_body_bytes
-        return RequestTooLargeError(f"a request body may hold {limit} bytes", limit=limit)
+
+def _too_large(limit: int, *, is_json: bool) -> RequestTooLargeError:
+    what = "a JSON body" if is_json else "a request body"
+    return RequestTooLargeError(f"{what} may hold {limit} bytes", limit=limit)
 
 
 def _route(scope: Scope) -> str:

@@ -56,9 +56,12 @@ class Admission:
         if data.validation:
             data.validation = self._source("data.validation", data.validation)
         if data.image_root:
-            data.image_root = str(self._inside("data.image_root", self._located(data.image_root)))
-            if not Path(data.image_root).is_dir():
-                raise DataError(f"data.image_root: {data.image_root} is not a folder", path="data.image_root")
+            data.image_root = self._folder("data.image_root", data.image_root)
+        if spec.guard.HasField("probe"):
+            probe = spec.guard.probe
+            probe.data = self._source("guard.probe.data", probe.data)
+            if probe.image_root:
+                probe.image_root = self._folder("guard.probe.image_root", probe.image_root)
         if spec.model.name.startswith(_LOCAL_MODEL):
             folder = self._inside("model.name", spec.model.name.removeprefix(_LOCAL_MODEL))
             if not folder.is_dir():
@@ -76,6 +79,12 @@ class Admission:
                     f"model.pretrained: there is no file {weights}", path="model.pretrained", allowed=allowed
                 )
             spec.model.pretrained = str(weights)
+
+    def _folder(self, field: str, value: str) -> str:
+        path = self._inside(field, self._located(value))
+        if not path.is_dir():
+            raise DataError(f"{field}: {path} is not a folder", path=field)
+        return str(path)
 
     def _source(self, field: str, value: str) -> str:
         """A table, a folder or a pattern of shards: what is in it is for the trainer to say."""

@@ -22,7 +22,8 @@ class DataNames(Protocol):
 
 def reads_data_set(spec: spec_pb2.JobSpec, name: str, files: Path) -> bool:
     """Whether a spec names this data set, or a path in it."""
-    for value in (spec.data.train, spec.data.validation, spec.data.image_root):
+    named = (spec.data.train, spec.data.validation, spec.data.image_root)
+    for value in (*named, spec.guard.probe.data, spec.guard.probe.image_root):
         if value.startswith(SCHEME):
             if value.removeprefix(SCHEME).partition("/")[0] == name:
                 return True

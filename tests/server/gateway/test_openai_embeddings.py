@@ -172,6 +172,19 @@ def test_a_wrong_field_is_named_as_openais_clients_read_it(
     assert error["message"]
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["announced", "in parts"])
+def test_json_that_would_take_gigabytes_to_parse_is_refused_unread(rest: httpx.Client, told: bool) -> None:
+    head = b'{"input": ['
+    parts = (head, *(b'"a",' * 262_144 for _ in range(40)))
+    body = b"".join(parts) if told else iter(parts)
+    try:
+        answer = rest.post("/v1/embeddings", content=body, headers={"Content-Type": "application/json"})
+    except httpx.WriteError:  # the connection ends while the body is still being sent
+        return
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "RequestTooLargeError")
+    assert "33554432" in answer.json()["detail"]
+
+
 def test_an_unknown_model_and_an_unknown_priority_are_told_in_the_same_form(rest: httpx.Client) -> None:
     answer = rest.post("/v1/embeddings", json={"model": "nobody", "input": "a"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "ModelNotFoundError")
