@@ -6,13 +6,12 @@ Enters: plain values. Leaves: journaled `JobEvent`s. Called by the loop and by p
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from cliptune.errors import CliptuneError, to_detail
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.v1 import job_pb2
-from cliptune_trainer.evaluation.measurement import Measurement
 from cliptune_trainer.reporting.journal import Journal
 
 _log: Final = logging.getLogger("cliptune_trainer")
@@ -33,9 +32,9 @@ class Reporter:
         """After a step."""
         self._journal.append(job_pb2.JobEvent(progress=progress))
 
-    def evaluation(self, step: int, occasion: str, measured: Measurement, pictures: Sequence[str]) -> None:
-        """What was measured at a step; `pictures` are paths in the job's folder."""
-        self._journal.append(job_pb2.JobEvent(evaluation=measured.told(step, occasion, pictures)))
+    def evaluation(self, evaluation: job_pb2.Evaluation) -> None:
+        """What was measured at a step."""
+        self._journal.append(job_pb2.JobEvent(evaluation=evaluation))
 
     def trial(
         self,

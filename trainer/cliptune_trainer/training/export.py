@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from cliptune_model.clip import Clip
 from cliptune_model.exported import export_model, manifest_of
+from cliptune_model.image_sizes import ProvenSize, Size
 from cliptune_trainer.job import JobFolder
 
 
@@ -20,6 +21,8 @@ def export(
     precision: str,
     metrics: Mapping[str, float],
     matryoshka_dims: tuple[int, ...] = (),
+    serving_size: Size | None = None,
+    proven_sizes: tuple[ProvenSize, ...] = (),
 ) -> str:
     """Writes the model in open_clip's own format; returns the folder relative to the job's.
 
@@ -32,6 +35,8 @@ def export(
         job_id=job.job_id,
         metrics=metrics,
         matryoshka_dims=matryoshka_dims,
+        serving_size=None if serving_size == clip.image_size else serving_size,
+        proven_sizes=proven_sizes,
     )
     export_model(clip, job.export, manifest)
     return job.export.relative_to(job.path).as_posix()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Final
 
 import torch
@@ -23,6 +24,7 @@ from cliptune.errors import (
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.tracing import tracer
 from cliptune_model.clip import Clip
+from cliptune_model.image_sizes import ProvenSize
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
@@ -153,6 +155,7 @@ class Training:
             reporter=reporter,
             interrupted=lambda: inbox.end_wanted,
         )
+        self._examine.proven = tuple(ProvenSize(**entry) for entry in counters.get("proven_sizes", ()))
         self._epoch_span = ExitStack()
         torch.manual_seed(spec.train.seed)
         if state:
@@ -291,6 +294,7 @@ class Training:
             counters={
                 "evaluated_step": self._evaluated_step,
                 "metrics": self._metrics,
+                "proven_sizes": [asdict(entry) for entry in self._examine.proven],
                 "initial_peak": self._initial_peak,
                 "bad_rows": sorted(self._loader.bad_rows),
                 "threads": torch.get_num_threads(),
@@ -328,6 +332,8 @@ class Training:
             precision=self._precision,
             metrics=self._metrics,
             matryoshka_dims=self._spec.loss.matryoshka_dims,
+            serving_size=self._sizes.target,
+            proven_sizes=self._examine.proven,
         )
 
     # -- what it can be told
