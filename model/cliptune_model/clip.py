@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import open_clip
 import PIL.Image
@@ -34,6 +34,9 @@ from cliptune_model.towers.image_tower import encode_image
 from cliptune_model.towers.patch_size import change_patch_size
 from cliptune_model.towers.text_tower import encode_text
 from cliptune_model.towers.trimming import TextTrim
+
+if TYPE_CHECKING:
+    from cliptune_model.adapters.attach import Attached
 
 # What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
 _BAD_WEIGHTS: Final = (
@@ -67,6 +70,7 @@ class Clip:
         pretrained: the weights came from a source; otherwise they are random.
         similarity: how alike embeddings are, in loss, evaluation and serving; on the model's device. What it
             learns is trained, kept and exported beside the model, which stays open_clip's own.
+        adapter: what the model carries beside its own weights; None: nothing.
     """
 
     model: nn.Module
@@ -80,6 +84,7 @@ class Clip:
     transform: Callable[[PIL.Image.Image], Tensor] = field(repr=False)
     tokenizer: Callable[[list[str]], Tensor] = field(repr=False)
     similarity: Similarity
+    adapter: Attached | None = None
 
     def encode_images(self, images_BCHW: Tensor) -> Tensor:
         """[B, 3, H, W] preprocessed → [B, D] fp32, not normalised. H, W: any multiples of the patch."""

@@ -9,6 +9,10 @@ whole or not at all.
     tokenizer files                  only for models with a Hugging Face tokeniser
     cliptune_similarity.safetensors  what a learned similarity has learned, if there is one
     cliptune.json                    the manifest
+    adapter/                         the adapter by itself, of a model that was trained with one
+
+A model that was trained with an adapter is written with the adapter in its weights; or the adapter alone is,
+beside configuration and manifest, to be served over its base.
 """
 
 from __future__ import annotations
@@ -16,18 +20,25 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from cliptune.durable import is_disk_full, sync
 from cliptune.errors import DiskFullError
+from cliptune_model.adapters import (
+    INSIDE,
+    SharedBase,
+    holds_adapter,
+    load_adapted,
+    merged_state,
+    write_adapter,
+)
 from cliptune_model.clip import Clip, build
 from cliptune_model.image_sizes import ProvenSize
 from cliptune_model.manifest import FORMAT_VERSION, MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
@@ -56,6 +67,7 @@ def manifest_of(
     matryoshka_dims: tuple[int, ...] = (),
     serving_size: tuple[int, int] | None = None,
     proven_sizes: tuple[ProvenSize, ...] = (),
+    guard: Mapping[str, float] | None = None,
 ) -> Manifest:
     """The manifest of `clip` as it is now."""
     return Manifest(
@@ -73,17 +85,25 @@ def manifest_of(
         metrics=dict(metrics or {}),
         serving_size=serving_size,
         proven_sizes=proven_sizes,
+        guard=dict(guard or {}),
         # A cliptune that knows only the cosine would serve another similarity's model wrongly: it refuses.
         format_version=1 if clip.similarity.name == DEFAULT else FORMAT_VERSION,
     )
 
 
-def export_model(clip: Clip, directory: Path, manifest: Manifest) -> None:
+def export_model(clip: Clip, directory: Path, manifest: Manifest, *, adapter_alone: bool = False) -> None:
     """Write `clip` to `directory`, which appears whole; a model that is there already is replaced.
 
     One writer a directory: leftovers of an export that was killed are swept away.
 
+    Args:
+        clip: with or without an adapter.
+        directory: of the model.
+        manifest: of the model.
+        adapter_alone: the adapter, not the weights of its base.
+
     Raises:
+        ConflictError: the adapter is no linear one, and so cannot be in the weights.
         DiskFullError: no space left; nothing is changed.
     """
     directory = Path(directory)
@@ -93,25 +113,37 @@ def export_model(clip: Clip, directory: Path, manifest: Manifest) -> None:
     partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.partial-", dir=directory.parent))
     try:
         with _disk_full_told(directory):
-            _write(clip, partial, manifest)
+            _write(clip, partial, manifest, adapter_alone=adapter_alone)
             _into_place(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_exported(directory: Path, *, device: str = "cpu") -> Clip:
-    """An exported model, or any folder in open_clip's format, in evaluation mode.
+def load_exported(directory: Path, *, device: str = "cpu", loaded: Iterable[SharedBase] = ()) -> Clip:
+    """An exported model or adapter, or any folder in open_clip's format, in evaluation mode.
+
+    `loaded`: models in memory, whose weights an adapter shares where they are its base's.
 
     Raises:
-        ModelNotFoundError: no such folder.
+        ModelNotFoundError: no such folder, or an adapter's base is not there any more.
+        AdapterBaseError: what is there now has other weights than the adapter's base had.
         InvalidInputError: not a model, or damaged.
     """
+    if holds_adapter(Path(directory)):
+        return load_adapted(Path(directory), device=device, loaded=loaded)
     return build(ModelSource(name=f"{LOCAL_DIR}{directory}"), device=device)
 
 
-def _write(clip: Clip, folder: Path, manifest: Manifest) -> None:
-    save_file(_separate_tensors(clip.model), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    learned = _separate_tensors(clip.similarity)
+def _write(clip: Clip, folder: Path, manifest: Manifest, *, adapter_alone: bool) -> None:
+    if adapter_alone:
+        write_adapter(clip, folder)
+    else:
+        weights = _separate_tensors(merged_state(clip.model))
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        if clip.adapter is not None:
+            (folder / INSIDE).mkdir()
+            _write(clip, folder / INSIDE, manifest, adapter_alone=True)
+    learned = _separate_tensors(clip.similarity.state_dict())
     if learned:
         save_file(learned, folder / SIMILARITY_FILE, metadata={"format": "pt"})
     config = {"model_cfg": clip.model_config, "preprocess_cfg": clip.preprocess_config}
@@ -126,11 +158,11 @@ def _write(clip: Clip, folder: Path, manifest: Manifest) -> None:
         sync(path)
 
 
-def _separate_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+def _separate_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights on the CPU; a tensor under two names is written twice, for open_clip loads strictly."""
     seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         held = tensor.detach().to("cpu").contiguous()
         storage = held.untyped_storage().data_ptr()
         tensors[name] = held.clone() if storage in seen else held

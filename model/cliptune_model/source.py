@@ -36,6 +36,7 @@ from cliptune.errors import (
 LOCAL_DIR: Final = "local-dir:"
 HF_HUB: Final = "hf-hub:"
 CONFIG_FILE: Final = "open_clip_config.json"
+ADAPTER_FILE: Final = "cliptune_adapter.json"
 CUSTOM: Final = "custom"
 MAX_CONTEXT: Final = 248  # tokens of a text: 4 times what CLIP has, less the positions that are kept
 
@@ -159,6 +160,10 @@ def _from_folder(folder: Path, name: str) -> Recipe:
     except (ValueError, KeyError, TypeError) as error:
         raise InvalidInputError(f"{str(path)!r} is not a configuration of open_clip: {error!r}") from error
     check_weights(folder)
+    if (folder / ADAPTER_FILE).is_file():
+        raise InvalidInputError(
+            f"{str(folder)!r} is an adapter, not a whole model: `cliptune adapters merge` makes one of it"
+        )
     weights = [file for suffix in ("safetensors", "bin", "pth") for file in folder.glob(f"*.{suffix}")]
     if not weights:
         raise InvalidInputError(f"{str(folder)!r} has no weights (*.safetensors, *.bin or *.pth)")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from cliptune.dataset import Dataset, DatasetList, DatasetPreview, SampleRow
     from cliptune.errors import (
+        AdapterBaseError,
         CancelledError,
         CliptuneError,
         ConflictError,
@@ -54,7 +55,9 @@ if TYPE_CHECKING:
         UnavailableError,
         WeightsUnavailableError,
     )
-    from cliptune.evaluation import ClassResult, Evaluation, Interval
+    from cliptune.evaluation import ClassResult, Evaluation
+    from cliptune.guard import GeneralResult, GuardCurve, GuardPoint
+    from cliptune.interval import Interval
     from cliptune.job import (
         CheckpointSaved,
         CommandDone,
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
         UnknownBody,
     )
     from cliptune.model import Model
+    from cliptune.report import JobReport
     from cliptune.results import (
         Classification,
         Classifications,
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterBaseError",
     "AsyncClient",
     "AsyncSession",
     "CancelledError",
@@ -118,6 +123,9 @@ __all__ = [
     "Embeddings",
     "Evaluation",
     "FailedItem",
+    "GeneralResult",
+    "GuardCurve",
+    "GuardPoint",
     "Health",
     "HomeLockedError",
     "ImageDecodeError",
@@ -129,6 +137,7 @@ __all__ = [
     "JobEvent",
     "JobNotFoundError",
     "JobPlan",
+    "JobReport",
     "JobSpec",
     "JobState",
     "JobStateError",
@@ -195,6 +204,7 @@ _NAMES: Final = {
         "SampleRow",
     ),
     "errors": (
+        "AdapterBaseError",
         "CancelledError",
         "CliptuneError",
         "ConflictError",
@@ -228,8 +238,13 @@ _NAMES: Final = {
     "evaluation": (
         "ClassResult",
         "Evaluation",
-        "Interval",
     ),
+    "guard": (
+        "GeneralResult",
+        "GuardCurve",
+        "GuardPoint",
+    ),
+    "interval": ("Interval",),
     "job": (
         "CheckpointSaved",
         "CommandDone",
@@ -247,6 +262,7 @@ _NAMES: Final = {
         "UnknownBody",
     ),
     "model": ("Model",),
+    "report": ("JobReport",),
     "results": (
         "Classification",
         "Classifications",

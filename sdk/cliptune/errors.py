@@ -19,7 +19,8 @@
     │   ├── ModelStateError                                     loaded, not loaded, or an alias points at it
     │   ├── HomeLockedError                                     another daemon owns this home
     │   ├── WeightsUnavailableError                             not installed, or the hub cannot be reached
-    │   └── ModelDamagedError                                   a file is missing, cut, or another: `file`
+    │   ├── ModelDamagedError                                   a file is missing, cut, or another: `file`
+    │   └── AdapterBaseError                                    an adapter of other weights: `wanted`, `found`
     ├── PathOutsideRootsError        PERMISSION_DENIED    403
     ├── UnauthenticatedError         UNAUTHENTICATED      401
     ├── OverloadedError              RESOURCE_EXHAUSTED   429   `retry_after_s`
@@ -132,6 +133,10 @@ class WeightsUnavailableError(ConflictError):
 
 class ModelDamagedError(ConflictError):
     """A model's file is missing or has another checksum than it should. Metadata: `file`."""
+
+
+class AdapterBaseError(ConflictError):
+    """An adapter was trained over other weights than the model's. Metadata: `wanted`, `found` (SHA-256)."""
 
 
 class PathOutsideRootsError(CliptuneError):
