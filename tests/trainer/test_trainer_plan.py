@@ -63,6 +63,7 @@ def test_the_plan_shows_how_the_step_is_computed_and_why(make_job: MakeJob) -> N
         "loss tiling",
         "compile",
         "lean_towers",
+        "half_weights",
         "text_trimming",
         "fused_optimizer",
     }

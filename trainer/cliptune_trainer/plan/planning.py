@@ -39,6 +39,7 @@ from cliptune_trainer.plan.earlier import of_cache, of_checkpoint
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.steps.checkpointing import enable_checkpointing
+from cliptune_trainer.steps.half_weights import choose_half_weights
 from cliptune_trainer.steps.logit_bias import ensure_bias
 from cliptune_trainer.steps.precision import Precision
 
@@ -159,6 +160,7 @@ class Planner:
                 *self._bias,
                 policy.compile,
                 self._lean,
+                choose_half_weights(self._clip, policy.precision.value, self._kind),
                 choose_trimming(self._clip.model, self._clip.context_length),
                 policy.fused_optimizer,
             ),
@@ -330,12 +332,13 @@ class Planner:
 
     def _question(self, policy: Policy, demand: Demand) -> dict[str, Any]:
         machine = self._hardware.machine
-        clip = self._clip
+        clip, train = self._clip, self._spec.train
         return {
             "model": json.dumps(clip.model_config, sort_keys=True, default=str),
             "lean": self._lean.value,
             "image_size": list(clip.image_size),
             "workload": asdict(self._workload),
+            "trained": [str(self._spec.adapter), train.freeze_image, train.freeze_text],
             "loss": [*self._spec.loss.names, demand.loss_bytes],
             "precision": policy.precision.value,
             "device": [self._kind, machine.gpu_name or machine.chip, machine.gpu_memory_bytes],

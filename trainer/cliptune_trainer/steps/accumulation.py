@@ -29,6 +29,7 @@ from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses import Identities, Teacher
 from cliptune_trainer.losses.objective import Features, Objective
 from cliptune_trainer.steps.batch_norm import BatchNorms
+from cliptune_trainer.steps.half_weights import HalfWeights
 from cliptune_trainer.steps.larger_parts import Larger, joined
 from cliptune_trainer.steps.parts import moved, parts_of
 from cliptune_trainer.steps.precision import Precision
@@ -90,8 +91,11 @@ class FeatureCache:
         self._leaf_ND.requires_grad_(last_bD.requires_grad)
         return torch.cat([self._leaf_ND, last_bD])
 
-    def replay(self, precision: Precision) -> None:
-        """After the loss's backward pass: the early parts again, each with its gradient. Inside autocast."""
+    def replay(self, precision: Precision, collect: Callable[[], None]) -> None:
+        """After the loss's backward pass: the early parts again, each with its gradient. Inside autocast.
+
+        `collect` is called after each.
+        """
         gradient_ND = None if self._leaf_ND is None else self._leaf_ND.grad
         if gradient_ND is None:
             return
@@ -101,6 +105,7 @@ class FeatureCache:
             features_bD = self._encode(rows)
             with precision.exact():
                 torch.autograd.backward(features_bD, gradient_ND[rows])
+            collect()
 
     def _keep(self, rows: slice) -> None:
         features_bD = self._encode(rows)
@@ -120,6 +125,7 @@ def accumulate(
     batch_norms: BatchNorms | None = None,
     teacher: StartingModel | None = None,
     larger: Larger | None = None,
+    half_weights: HalfWeights | None = None,
 ) -> Tensor:
     """Adds the gradient of the loss over the whole batch to the parameters' gradients.
 
@@ -137,15 +143,40 @@ def accumulate(
         batch_norms: of the model; None: looked for.
         teacher: for losses that need one.
         larger: what goes through in larger parts; None: what the model's shape allows.
+        half_weights: what stands in for weights where the batch is divided; None: nothing does.
 
     Returns:
         The loss, a scalar on the device.
     """
     norms = batch_norms or BatchNorms(clip.model)
     taught = None if teacher is None else teacher(batch, micro_batch_size, precision)
-    if larger is None and micro_batch_size < len(batch.tokens_BL):
+    divided = micro_batch_size < len(batch.tokens_BL)
+    if larger is None and divided:
         larger = Larger.of(clip, batch.tokens_BL.shape[1])
     caches = _caches(clip, batch, micro_batch_size, texts_per_image, larger or Larger())
+    if half_weights is None or not divided:
+        return _gradients(clip, objective, precision, batch, caches, norms, taught, _nothing)
+    with half_weights.standing_in():
+        return _gradients(
+            clip, objective, precision, batch, caches, norms, taught, collect=half_weights.collect
+        )
+
+
+def _nothing() -> None:
+    """Gradients are where they belong already."""
+
+
+def _gradients(
+    clip: Clip,
+    objective: Objective,
+    precision: Precision,
+    batch: Batch,
+    caches: tuple[FeatureCache, FeatureCache],
+    norms: BatchNorms,
+    taught: Teacher | None,
+    collect: Callable[[], None],
+) -> Tensor:
+    """The three passes; returns the loss."""
     # Two contexts: a weight cast without a graph must not serve where one is needed.
     with precision.autocast():
         for cache in caches:
@@ -160,8 +191,9 @@ def accumulate(
             with precision.exact():
                 scaler = precision.scaler
                 (value if scaler is None else value * scaler.scale).backward()  # type: ignore[no-untyped-call]
+            collect()
             for cache in caches:
-                cache.replay(precision)
+                cache.replay(precision, collect)
     after.restore()
     return value.detach()
 

@@ -26,6 +26,7 @@ from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.out_of_memory import is_out_of_memory
 from cliptune_trainer.steps.accumulation import accumulate, contrastive_loss
 from cliptune_trainer.steps.batch_norm import BatchNorms
+from cliptune_trainer.steps.half_weights import HalfWeights
 from cliptune_trainer.steps.nan_guard import Culprit, NanGuard
 from cliptune_trainer.steps.optim import set_learning_rate
 from cliptune_trainer.steps.precision import LossScaler, Precision
@@ -105,6 +106,7 @@ class Step:
         texts_per_image: texts that go through their tower at once for each image that does.
         batch_norms: what batch normalisation does with its statistics; None: as torch does it.
         teacher: for objectives that need the starting model.
+        half_weights: what stands in for weights in batches that are divided; None: nothing does.
 
     Attributes:
         micro_batch_size: may be changed between steps, and after a `StepOutOfMemoryError`.
@@ -122,9 +124,10 @@ class Step:
         texts_per_image: int = 1,
         batch_norms: BatchNorms | None = None,
         teacher: StartingModel | None = None,
+        half_weights: HalfWeights | None = None,
     ) -> None:
         self._clip, self._objective, self._optimizer, self._precision = clip, objective, optimizer, precision
-        self._teacher = teacher
+        self._teacher, self._half_weights = teacher, half_weights
         self._max_norm = clip_norm or math.inf
         self._texts_per_image = texts_per_image
         self._batch_norms = batch_norms or BatchNorms(clip.model)
@@ -209,6 +212,7 @@ class Step:
             texts_per_image=self._texts_per_image,
             batch_norms=self._batch_norms,
             teacher=self._teacher,
+            half_weights=self._half_weights,
         )
 
     def _allocate_optimizer_state(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from cliptune_trainer.resolution.schedule import Look
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm
 from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
+from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
 from cliptune_trainer.steps.larger_parts import passes_of
 from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
 from cliptune_trainer.steps.precision import Precision
@@ -108,14 +110,20 @@ class Stepper:
         self._stochastic_depth = StochasticDepth(clip.model)
         sizes = executions.by_size
         self.compilation = compile_towers(clip, execution.policy.compile, image_sizes=len(sizes))
-        passes = {
-            one
-            for size, planned in sizes.items()
-            for one in passes_of(
-                clip.at(size), batch_size, planned.plan.micro_batch_size, execution.text_tokens
-            )
-        }
-        self.compilation.warm_up(passes, self.precision.autocast)
+        halves = HalfWeights.of(
+            clip, self.precision, choose_half_weights(clip, execution.precision, clip.device.type)
+        )
+        for divided in (False, True):
+            passes = {
+                one
+                for size, planned in sizes.items()
+                if (planned.plan.micro_batch_size < batch_size) is divided
+                for one in passes_of(
+                    clip.at(size), batch_size, planned.plan.micro_batch_size, execution.text_tokens
+                )
+            }
+            with halves.standing_in() if halves and divided else nullcontext():
+                self.compilation.warm_up(passes, self.precision.autocast)
         if execution.policy.compiles and self.compilation.choice.value == "off":
             reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
         self._micro_batches = {
@@ -135,6 +143,7 @@ class Stepper:
             micro_batch_size=plan.micro_batch_size,
             batch_norms=BatchNorms(clip.model, frozen=norms.value == FROZEN),
             teacher=None if teacher is None else _as_planned(teacher, execution),
+            half_weights=halves,
         )
 
     @property
