@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliptune_model.choice import Choice
-from cliptune_trainer.steps.trainable import still_modules
 
 FROZEN = "frozen"
 PASSING = "micro-batch"
@@ -71,13 +70,10 @@ class BatchNorms:
 
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self._still = still_modules(model)
         self._frozen = frozen
 
     def prepare(self) -> None:
-        """Before a step: `model.train()` has thawed what shall be frozen, whole towers too."""
-        for part in self._still:
-            part.eval()
+        """Before a step: `model.train()` has thawed what shall be frozen."""
         if self._frozen:
             for module in self._modules:
                 module.eval()
