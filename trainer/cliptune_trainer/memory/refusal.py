@@ -12,8 +12,12 @@ from typing import Final
 
 import open_clip
 
+from cliptune_model.attention import image_tokens
 from cliptune_model.clip import Clip
+from cliptune_model.image_sizes import Size, fitted
+from cliptune_model.image_sizes import told as told_size
 from cliptune_model.machine.workload import Tower, Workload
+from cliptune_model.towers.image_tower import image_tower
 from cliptune_trainer.memory.estimate import OVERHEAD
 from cliptune_trainer.memory.plan import Demand, Way, gib
 
@@ -39,7 +43,7 @@ def does_not_fit(clip: Clip, workload: Workload, demand: Demand, smallest: Way, 
     beside = least - workload.state_bytes()
     ways_out = [
         f"{what} (about {gib(size)})"
-        for what, size in _ways_out(clip, workload, beside, demand, smallest)
+        for what, size in _ways_out(clip, workload, beside, demand, smallest, precision)
         if size <= budget
     ]
     if pairs > 1 and (most := smallest.estimate.pairs_within(budget)) >= 1:
@@ -50,13 +54,14 @@ def does_not_fit(clip: Clip, workload: Workload, demand: Demand, smallest: Way, 
 
 
 def _ways_out(
-    clip: Clip, workload: Workload, beside: int, demand: Demand, smallest: Way
+    clip: Clip, workload: Workload, beside: int, demand: Demand, smallest: Way, precision: str
 ) -> Iterator[tuple[str, int]]:
     """What could be trained instead, and the bytes of its step."""
     # The gradient of the largest weight passes through memory; a frozen one has none.
     passing = 4 * max((weight.numel() for weight in clip.model.parameters()), default=0)
     beside = max(0, beside - int(passing * OVERHEAD[demand.device_type]))
     adapted = replace(workload, trainable=int(workload.parameters * _ADAPTED_SHARE))
+    yield from _smaller_images(clip, workload, demand, smallest, precision)
     yield "training low-rank adapters (LoRA) in place of all weights", adapted.state_bytes() + beside
     image = sum(weight.numel() for weight in clip.model.get_submodule("visual").parameters())
     text = workload.parameters - image
@@ -68,6 +73,31 @@ def _ways_out(
             continue
         pair = smaller.pair_bytes("fp32", checkpointing=smallest.checkpointing, scores_kept=False)
         yield f"a smaller model: {name}", smaller.state_bytes() + 2 * pair + demand.loss_bytes
+
+
+def _smaller_images(
+    clip: Clip, workload: Workload, demand: Demand, smallest: Way, precision: str
+) -> Iterator[tuple[str, int]]:
+    """The largest images that would fit, by what their tokens take against those of the present ones."""
+    tower = image_tower(clip.model)
+    if tower.why_fixed:
+        return
+
+    def pair_bytes(size: Size) -> int:
+        tokens = replace(workload, image_tokens=image_tokens(clip.at(size)))
+        kept = smallest.attention.mode == "sdpa" and demand.device_type == "mps"
+        return tokens.pair_bytes(precision, checkpointing=smallest.checkpointing, scores_kept=kept)
+
+    estimate, pairs, now = smallest.estimate, smallest.micro_batch_size, pair_bytes(clip.image_size)
+    for eighths in range(7, 0, -1):
+        sides = [
+            max(side * eighths // 8, step) for side, step in zip(clip.image_size, tower.step, strict=True)
+        ]
+        size = fitted(clip, (sides[0], sides[1]))
+        taken = estimate.fixed_bytes + int(pairs * estimate.pair_bytes * pair_bytes(size) / now)
+        if size != clip.image_size and taken <= demand.budget_bytes:
+            yield f"images of {told_size(size)} pixels", taken
+            return
 
 
 def _workload_of(name: str, like: Workload) -> Workload | None:
