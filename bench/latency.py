@@ -1,7 +1,7 @@
 """What one request costs on its way: gRPC and REST beside the bare forward pass, and calls that do nothing.
 
-One caller, one text, a tiny model, so that the way is most of it. The call that does nothing is a health
-check, beside the same check of a bare server with the same libraries.
+One caller, one text or one image, a tiny model, so that the way is most of it. The call that does nothing is
+a health check, beside the same check of a bare server with the same libraries.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from bench.record import Row, report
 from bench.served_model import MODEL, served_model
 from bench.turns import medians, seconds
 from cliptune import Client
+from cliptune_model.pixels import decode_image
+from tests.support.images import jpeg
 
 TEXT = "a red circle"
+IMAGE = jpeg(size=256)
 
 
 def main() -> None:
@@ -49,8 +52,15 @@ def main() -> None:
         def forward() -> None:
             torch.nn.functional.normalize(clip.encode_texts(clip.tokenize([TEXT])), dim=-1).numpy()
 
+        @torch.inference_mode()
+        def forward_image() -> None:
+            image_1CHW = clip.preprocess(decode_image(IMAGE))[None]
+            torch.nn.functional.normalize(clip.encode_images(image_1CHW), dim=-1).numpy()
+
         sides: dict[str, Callable[[], object]] = {
             "forward": forward,
+            "forward image": forward_image,
+            "grpc image": lambda: client.embed_images([IMAGE], model=MODEL),
             "grpc": lambda: client.embed_texts([TEXT], model=MODEL),
             "rest": lambda: rest.post(
                 "/v1/embeddings", json={"model": MODEL, "input": TEXT}
@@ -72,6 +82,7 @@ def main() -> None:
         "latency",
         [
             row("embed a text over gRPC", "grpc", "forward", "open_clip in this process"),
+            row("embed an image over gRPC", "grpc image", "forward image", "open_clip in this process"),
             row("embed a text over REST", "rest", "forward", "open_clip in this process"),
             row("embed a text over gRPC", "grpc", "rest", "ours over REST"),
             row("nothing over gRPC", "grpc nothing", "bare grpc nothing", "grpc.aio alone"),

@@ -2,8 +2,12 @@
 
 Callers of ours ask for one item at a time over gRPC, 1, 8 or 32 at once. The peer has no network and no
 queue: it decodes, preprocesses and runs batches of just that size in this process, with one thread and with
-as many as there are cores, of which the better counts. JPEG files of 256 × 256
-pixels, captions of a few words. Both may use all cores; ours shares them with its callers.
+as many as there are cores, of which the better counts. JPEG files of 256 × 256 pixels, photos of 640 × 480,
+captions of a few words. Both may use all cores; ours shares them with its callers.
+
+With `--litserve PYTHON` (an interpreter that has litserve, torch and open_clip) LitServe with the same
+weights and open_clip's eager forward, asked for the same photos over HTTP by as many callers, is another
+peer.
 """
 
 from __future__ import annotations
@@ -12,10 +16,15 @@ import argparse
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
+import httpx
 import torch
 
+from bench.litserve_peer import litserve
+from bench.photos import photo
 from bench.record import Row, report
 from bench.served_model import MODEL, served_model
 from bench.turns import medians
@@ -27,6 +36,8 @@ from tests.support.images import COLOURS, SHAPES, caption, jpeg
 
 CONCURRENCY = (1, 8, 32)
 JPEG = jpeg(size=256)
+PHOTO = photo(0)
+FILES = {"images": JPEG, "photos": PHOTO}
 TEXT = caption(next(iter(COLOURS)), SHAPES[0])
 
 
@@ -38,8 +49,8 @@ async def _ask(address: str, kind: str, callers: int, window_s: float) -> float:
         async def caller() -> None:
             nonlocal answered
             while time.perf_counter() - began < window_s:
-                if kind == "images":
-                    await client.embed_images([JPEG], model=MODEL)
+                if kind in FILES:
+                    await client.embed_images([FILES[kind]], model=MODEL)
                 else:
                     await client.embed_texts([TEXT], model=MODEL)
                 answered += 1
@@ -60,14 +71,31 @@ def bare(clip: Clip, kind: str, batch: int, window_s: float, threads: int) -> fl
     done = 0
     began = time.perf_counter()
     while time.perf_counter() - began < window_s:
-        if kind == "images":
-            images_BCHW = torch.stack([clip.preprocess(decode_image(JPEG)) for _ in range(batch)])
+        if kind in FILES:
+            images_BCHW = torch.stack([clip.preprocess(decode_image(FILES[kind])) for _ in range(batch)])
             vectors_BD = clip.encode_images(images_BCHW)
         else:
             vectors_BD = clip.encode_texts(clip.tokenize([TEXT] * batch))
         torch.nn.functional.normalize(vectors_BD, dim=-1).numpy()
         done += batch
     return done / (time.perf_counter() - began)
+
+
+async def _ask_litserve(url: str, callers: int, window_s: float) -> float:
+    limits = httpx.Limits(max_connections=callers)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=600) as client:
+        answered = 0
+        began = time.perf_counter()
+
+        async def caller() -> None:
+            nonlocal answered
+            while time.perf_counter() - began < window_s:
+                answer = await client.post("/predict", files={"image": ("x.jpg", PHOTO)})
+                answer.raise_for_status()
+                answered += 1
+
+        await asyncio.gather(*(caller() for _ in range(callers)))
+        return answered / (time.perf_counter() - began)
 
 
 def main() -> None:
@@ -78,19 +106,41 @@ def main() -> None:
     parser.add_argument("--model", default="ViT-B-32", help="architecture (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--window", dest="window_s", type=float, default=1.0, metavar="SECONDS")
+    parser.add_argument("--kinds", nargs="+", default=[*FILES, "texts"], choices=[*FILES, "texts"])
+    parser.add_argument("--callers", nargs="+", type=int, default=CONCURRENCY)
+    parser.add_argument("--litserve", default="", metavar="PYTHON", help="interpreter that has litserve")
     arguments = parser.parse_args()
     threads = int(choose_threads(None).value)
     window_s: float = arguments.window_s
     rows = []
-    with served_model(arguments.model, threads=threads) as (daemon, clip):
-        for kind in ("images", "texts"):
-            for many in CONCURRENCY:
+    with ExitStack() as stack:
+        daemon, clip = stack.enter_context(served_model(arguments.model, threads=threads))
+        other = ""
+        if arguments.litserve:
+            folder: Path = daemon.home / "models" / MODEL / "1"
+            other = stack.enter_context(litserve(arguments.litserve, folder, threads=threads))
+        for kind in arguments.kinds:
+            for many in arguments.callers:
                 sides: dict[str, Callable[[], float]] = {
                     "ours": partial(ours, daemon.grpc, kind, many, window_s),
                     "one thread": partial(bare, clip, kind, many, window_s, 1),
                     "all threads": partial(bare, clip, kind, many, window_s, threads),
                 }
+                if kind == "photos" and other:
+                    sides["litserve"] = lambda many=many: asyncio.run(  # type: ignore[misc]
+                        _ask_litserve(other, many, window_s)
+                    )
                 found = medians(sides, arguments.repetitions)
+                if "litserve" in found:
+                    rows.append(
+                        Row(
+                            case=f"{arguments.model} {kind}, {many} at once",
+                            ours=found["ours"],
+                            peer=found["litserve"],
+                            peer_name="LitServe, open_clip",
+                            unit=f"{kind}/s",
+                        )
+                    )
                 rows.append(
                     Row(
                         case=f"{arguments.model} {kind}, {many} at once",

@@ -83,7 +83,7 @@ class Cost:
             a, b = self.line
             per_item = a * self._n / self._items
             if per_item > 0:
-                limits.append(int((budget_s - b) / per_item))
+                limits.append(int(_room_s(budget_s, b) / per_item))
         if self._cap is not None:
             limits.append(self._cap)
         return max(1, min(limits))
@@ -93,7 +93,7 @@ class Cost:
         a, b = self.line
         if a <= 0:
             return 2**62
-        return max(1, min(int((budget_s - b) / a), _GROWTH * self._largest_positions))
+        return max(1, min(int(_room_s(budget_s, b) / a), _GROWTH * self._largest_positions))
 
     def worth_padding(self, positions: int) -> bool:
         """Whether so much padding costs less than a batch more."""
@@ -105,3 +105,9 @@ class Cost:
         if not self._n:
             return _UNMEASURED_LIMIT_S
         return _STALL_BASE_S + _STALL_FACTOR * self.seconds(positions)
+
+
+def _room_s(budget_s: float, batch_s: float) -> float:
+    """For the positions of a batch. Where the fixed part alone uses up the budget, small batches would only
+    pay it more often: then the positions may take as long as the fixed part, and at most the budget."""
+    return max(budget_s - batch_s, min(batch_s, budget_s))

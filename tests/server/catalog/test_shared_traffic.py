@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cliptune import Client, ModelNotFoundError, ModelStateError
+from cliptune.cli.main import main
 from cliptune.errors import InvalidInputError
 from cliptune_server.catalog.traffic import Traffic, read_rules, write_rules
 from tests.support import images
@@ -67,7 +68,7 @@ def test_a_damaged_file_shares_nothing_and_harms_no_other(tmp_path: Path) -> Non
 
 
 def test_requests_are_shared_copied_remembered_and_the_trial_ends_when_the_alias_moves(
-    home: Path, daemon: RunningDaemon
+    home: Path, daemon: RunningDaemon, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def loaded(client: Client) -> set[int]:
         return {model.version for model in client.list_models("shapes") if model.loaded}
@@ -107,6 +108,14 @@ def test_requests_are_shared_copied_remembered_and_the_trial_ends_when_the_alias
         card = httpx.put(f"{again.url}/v1/models/shapes/aliases/prod/traffic", json=body).json()
         assert card["traffic"] == {"prod": {"shares": [{"version": 2, "share": 0.25}], "shadow_version": 0}}
         assert loaded(client) == {2, 4}
+
+        command = ["models", "traffic", "shapes@prod", "2=25%", "--shadow", "3", "--address", again.grpc]
+        assert main(command) == 0
+        assert client.get_model("shapes@prod").message.traffic["prod"].shadow_version == 3
+        assert main(["models", "show", "shapes@prod", "--address", again.grpc]) == 0
+        assert "of prod's requests 0.25 to 2, copies to 3" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main(["models", "traffic", "shapes@prod", "2:25", "--address", again.grpc])
 
         client.set_alias("shapes:2", "prod")
         assert loaded(client) == {2}
