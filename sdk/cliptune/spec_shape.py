@@ -90,6 +90,8 @@ _AT_LEAST_ONE: Final = Range(1)
 _SIDE: Final = Range(1, 4096)
 _NAMED: Final = Pattern(_NAME, NAME_RULE)
 _SWITCH: Final = Choice(("auto", "on", "off"))
+# Layers that an adapter may be for.
+_TARGET: Final = Choice(("q", "k", "v", "o", "mlp", "pointwise"))
 # Which there are is known where the job will run: entry points of one's own count.
 _LOSS: Final = Pattern(_OWN, "a name as infonce, or FILE.py:NAME")
 
@@ -131,6 +133,12 @@ RULES: Final[dict[str, Rule]] = {
     "train.checkpointing": _SWITCH,
     "train.micro_batch_size": _AT_LEAST_ONE,
     "train.compile": _SWITCH,
+    "train.layer_decay": Range(0, 1, open_low=True),
+    "train.probe_fraction": Range(0, 0.9),
+    "adapter.kind": Choice(("none", "lora", "bottleneck")),
+    "adapter.rank": Range(1, 1024),
+    "adapter.alpha": Range(0, 10_000, open_low=True),
+    "adapter.dropout": Range(0, 0.99),
     "train.resolution.schedule": Choice(("fixed", "progressive", "multi_scale")),
     "train.resolution.tail_fraction": Range(0, 1),
     "train.resolution.finish_fraction": Range(0, 1),
@@ -150,6 +158,7 @@ RULES: Final[dict[str, Rule]] = {
     "checkpoint.every_steps": _AT_LEAST_ONE,
     "checkpoint.keep": _AT_LEAST_ONE,
     "publish.model": _NAMED,
+    "publish.form": Choice(("merged", "adapter")),
     "resources.device": Pattern(_DEVICE, "auto, cpu, mps, cuda, cuda:N"),
     "resources.threads": Range(1, 1024),
     "resources.max_retries": Range(0, 100),
@@ -186,6 +195,9 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     _check_classes(spec.evaluation.classes)
     _check_prompts(spec.evaluation)
     _check_sizes(spec)
+    for index, target in enumerate(spec.adapter.targets):
+        if not _TARGET.holds(target):
+            raise wrong_value(f"adapter.targets[{index}]", target, _TARGET.allowed, _TARGET.words)
     for index, alias in enumerate(spec.publish.aliases):
         if not _NAMED.holds(alias):
             raise wrong_value(f"publish.aliases[{index}]", alias, NAME_RULE)

@@ -40,10 +40,12 @@ from cliptune_trainer.plan.plan_spec import domain_choices, spec_as_run
 from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
+from cliptune_trainer.steps.depth import projections
 from cliptune_trainer.steps.optim import build_optimizer
 from cliptune_trainer.steps.precision import Precision
 from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
 from cliptune_trainer.steps.teacher import StartingModel
+from cliptune_trainer.steps.trainable import make_trainable
 from cliptune_trainer.tuning.space import check_measured, space_choices, space_of
 from cliptune_trainer.tuning.space_file import write_space
 
@@ -69,9 +71,15 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
         )
         write_atomically(job.findings, json.dumps(dataset.findings.store()).encode())
     with tracer().start_as_current_span("prepare.model"):
-        clip = build(spec.model, seed=spec.train.seed)
+        clip, trainable = make_trainable(build(spec.model, seed=spec.train.seed), spec)
+        if spec.train.probe_fraction:
+            projections(clip.model)  # refuses a tower without one
         decisions = decide(spec, hardware, dataset, clip)
-        told = (tell_similarity(spec.model, clip.similarity), *try_own_code(spec.loss, clip.similarity))
+        told = (
+            *trainable,
+            tell_similarity(spec.model, clip.similarity),
+            *try_own_code(spec.loss, clip.similarity),
+        )
         remember_own_code(job.own_code, spec.loss, clip.similarity.name)
         decisions = replace(decisions, choices=(*decisions.choices, *told))
     with tracer().start_as_current_span("prepare.memory"):

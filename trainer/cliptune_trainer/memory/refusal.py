@@ -58,15 +58,19 @@ def _ways_out(
 ) -> Iterator[tuple[str, int]]:
     """What could be trained instead, and the bytes of its step."""
     # The gradient of the largest weight passes through memory; a frozen one has none.
-    passing = 4 * max((weight.numel() for weight in clip.model.parameters()), default=0)
+    passing = 4 * max((one.numel() for one in clip.model.parameters() if one.requires_grad), default=0)
     beside = max(0, beside - int(passing * OVERHEAD[demand.device_type]))
     adapted = replace(workload, trainable=int(workload.parameters * _ADAPTED_SHARE))
     yield from _smaller_images(clip, workload, demand, smallest, precision)
-    yield "training low-rank adapters (LoRA) in place of all weights", adapted.state_bytes() + beside
+    if clip.adapter is None:
+        told = "training low-rank adapters (LoRA) in place of all weights: adapter.kind = 'lora'"
+        yield told, adapted.state_bytes() + beside
     image = sum(weight.numel() for weight in clip.model.get_submodule("visual").parameters())
     text = workload.parameters - image
-    for frozen, trained in (("image", text), ("text", image)):
-        yield f"a frozen {frozen} tower", replace(workload, trainable=trained).state_bytes() + beside
+    whole = clip.adapter is None and workload.trainable in (None, workload.parameters)
+    for frozen, trained in (("image", text), ("text", image)) if whole else ():
+        told = f"a frozen {frozen} tower: train.freeze.{frozen} = true"
+        yield told, replace(workload, trainable=trained).state_bytes() + beside
     for name in _SMALLER:
         smaller = _workload_of(name, workload)
         if smaller is None or smaller.parameters >= workload.parameters:

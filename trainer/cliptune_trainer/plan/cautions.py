@@ -71,10 +71,12 @@ def settings_to_mind(
     """
     remarks = list(_untrue_captions(spec.data.augment, train))
     if clip.pretrained:
+        # Decay draws an adapter to nothing, and the model to what it was.
+        decays = clip.adapter is None
         remarks += [
             *_rate(clip, learning_rate, usual),
             *_warmup(spec, learning_rate, usual),
-            *_decay(spec, learning_rate, total_steps),
+            *(_decay(spec, learning_rate, total_steps) if decays else ()),
             *_scale(spec, clip),
             *_similarity(spec, clip),
         ]

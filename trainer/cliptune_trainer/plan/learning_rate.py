@@ -16,10 +16,15 @@ from typing import Final
 
 from torch import nn
 
+from cliptune_model.adapters.config import LORA
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
 
 RANDOM_LEARNING_RATE: Final = 5e-4
+# Adapters begin as nothing and are small: LoRA as Zanella and Ben Ayed 2024 (CLIP-LoRA), bottlenecks between
+# the rates of Houlsby et al. 2019, section 3.2.
+_ADAPTER_RATES: Final = {LORA: 2e-4}
+_BOTTLENECK_RATE: Final = 3e-4
 # 1e-5 for a ViT-B-32.
 _SHARE_OF_WEIGHTS: Final = 4.2e-4
 _LEAST, _MOST = 1e-6, 1e-4
@@ -38,6 +43,10 @@ def choose_learning_rate(clip: Clip, *, rows: int, total_steps: int) -> Choice:
         rows: training rows.
         total_steps: of the run.
     """
+    if clip.adapter is not None:
+        kind = clip.adapter.config.kind
+        rate = _ADAPTER_RATES.get(kind, _BOTTLENECK_RATE)
+        return Choice(subject="learning_rate", value=f"{rate:g}", reason=f"usual for adapters: {kind}")
     if not clip.pretrained:
         return Choice(
             subject="learning_rate", value=f"{RANDOM_LEARNING_RATE:g}", reason="the weights are random"

@@ -332,12 +332,13 @@ class Planner:
 
     def _question(self, policy: Policy, demand: Demand) -> dict[str, Any]:
         machine = self._hardware.machine
-        clip = self._clip
+        clip, train = self._clip, self._spec.train
         return {
             "model": json.dumps(clip.model_config, sort_keys=True, default=str),
             "lean": self._lean.value,
             "image_size": list(clip.image_size),
             "workload": asdict(self._workload),
+            "trained": [str(self._spec.adapter), train.freeze_image, train.freeze_text],
             "loss": [*self._spec.loss.names, demand.loss_bytes],
             "precision": policy.precision.value,
             "device": [self._kind, machine.gpu_name or machine.chip, machine.gpu_memory_bytes],

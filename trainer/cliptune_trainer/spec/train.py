@@ -35,6 +35,10 @@ class TrainConfig:
     checkpointing: str = "auto"
     micro_batch_size: int | None = None  # as large as fits
     compile: str = "auto"
+    freeze_image: bool = False
+    freeze_text: bool = False
+    layer_decay: float = 1.0
+    probe_fraction: float = 0.0
     resolution: ResolutionConfig = ResolutionConfig()
 
     def __post_init__(self) -> None:
@@ -56,6 +60,9 @@ class TrainConfig:
         if self.micro_batch_size is not None:
             within("train.micro_batch_size", self.micro_batch_size, 1, 1_048_576)
         one_of("train.compile", self.compile, SWITCHES)
+        if not 0.0 < self.layer_decay <= 1.0:
+            raise wrong("train.layer_decay", f"{self.layer_decay:g}", "above 0, at most 1")
+        within("train.probe_fraction", self.probe_fraction, 0.0, 0.9)
 
 
 def train_config(train: spec_pb2.TrainSpec) -> TrainConfig:
@@ -76,6 +83,10 @@ def train_config(train: spec_pb2.TrainSpec) -> TrainConfig:
         checkpointing=train.checkpointing or "auto",
         micro_batch_size=train.micro_batch_size if train.HasField("micro_batch_size") else None,
         compile=train.compile or "auto",
+        freeze_image=train.freeze.image,
+        freeze_text=train.freeze.text,
+        layer_decay=train.layer_decay if train.HasField("layer_decay") else 1.0,
+        probe_fraction=train.probe_fraction,
         resolution=resolution_config(train.resolution),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliptune_model.choice import Choice
+from cliptune_trainer.steps.trainable import still_modules
 
 FROZEN = "frozen"
 PASSING = "micro-batch"
@@ -70,10 +71,13 @@ class BatchNorms:
 
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self._still = still_modules(model)
         self._frozen = frozen
 
     def prepare(self) -> None:
-        """Before a step: `model.train()` has thawed what shall be frozen."""
+        """Before a step: `model.train()` has thawed what shall be frozen, whole towers too."""
+        for part in self._still:
+            part.eval()
         if self._frozen:
             for module in self._modules:
                 module.eval()

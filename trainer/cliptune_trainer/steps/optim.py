@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from cliptune_model.machine.hardware import host
 from cliptune_model.machine.rules import choose_fused_optimizer
+from cliptune_trainer.steps.depth import layer_shares
 
 # As open_clip trains its ViTs.
 BETAS: Final = (0.9, 0.98)
@@ -50,8 +51,11 @@ def build_optimizer(
     fused: bool | None = None,
     scale_share: float = 1.0,
     beside: Mapping[str, nn.Module] | None = None,
+    layer_decay: float = 1.0,
 ) -> AdamW:
     """AdamW over all trainable parameters, in up to three groups: with decay, without, scales.
+
+    With `layer_decay` the first two are groups of their own for each layer.
 
     The last are logit scale and bias, and whatever is trained beside the towers.
 
@@ -63,6 +67,7 @@ def build_optimizer(
         fused: by the policy; None: wherever nothing is known against it.
         scale_share: learning rate of the scales, as a multiple of the others'.
         beside: what else is trained (the similarity, the objective); its parameters are named KEY.NAME.
+        layer_decay: a layer's learning rate, as a multiple of the one's above it.
     """
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     scales = [entry for entry in trainable if entry[0] in _SCALES]
@@ -70,12 +75,19 @@ def build_optimizer(
         scales += [(f"{key}.{name}", one) for name, one in module.named_parameters() if one.requires_grad]
     decayed = [entry for entry in trainable if takes_decay(*entry)]
     others = [entry for entry in trainable if entry[0] not in _SCALES and not takes_decay(*entry)]
+    shares = {} if layer_decay == 1.0 else layer_shares(model, layer_decay)
+    rates = sorted({shares.get(name, 1.0) for name, _ in (*decayed, *others)}, reverse=True)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay, _SHARE: 1.0},
-        {"params": others, "weight_decay": 0.0, _SHARE: 1.0},
-        {"params": scales, "weight_decay": 0.0, _SHARE: scale_share},
+        {
+            "params": [entry for entry in entries if shares.get(entry[0], 1.0) == rate],
+            "weight_decay": decay,
+            _SHARE: rate,
+        }
+        for entries, decay in ((decayed, weight_decay), (others, 0.0))
+        for rate in rates
     ]
-    device = trainable[0][1].device.type
+    groups.append({"params": scales, "weight_decay": 0.0, _SHARE: scale_share})
+    device = next(model.parameters()).device.type
     optimizer = AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate,

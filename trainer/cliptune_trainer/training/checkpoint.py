@@ -2,7 +2,7 @@
 
 Enters: a running training's parts. Leaves: `checkpoints/step-NNNNNNNN/`, whole or absent. Called by the loop.
 
-    model/                 the weights as an exported model: open_clip's own format
+    model/                 the weights as an exported model: open_clip's own format; of an adapter, it alone
     training.safetensors   optimizer state and the torch generators
     training.json          step, counters, Python's and numpy's generators, sizes and checksums of the others
 
@@ -67,7 +67,8 @@ def save_checkpoint(folder: Path, clip: Clip, state: TrainingState, *, keep: int
         return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     try:
         partial.mkdir()
-        export_model(clip, partial / "model", manifest_of(clip, job_id=job_id))
+        manifest = manifest_of(clip, job_id=job_id)
+        export_model(clip, partial / "model", manifest, adapter_alone=clip.adapter is not None)
         save_file(state.tensors, partial / "training.safetensors")
         sync(partial / "training.safetensors")
         files = dict(_fingerprints(partial))

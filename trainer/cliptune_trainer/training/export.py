@@ -21,10 +21,11 @@ def export(
     precision: str,
     metrics: Mapping[str, float],
     matryoshka_dims: tuple[int, ...] = (),
+    adapter_alone: bool = False,
     serving_size: Size | None = None,
     proven_sizes: tuple[ProvenSize, ...] = (),
 ) -> str:
-    """Writes the model in open_clip's own format; returns the folder relative to the job's.
+    """Writes the model in open_clip's own format, or its adapter; returns the folder relative to the job's.
 
     Raises:
         DiskFullError: no space left; nothing is changed.
@@ -38,5 +39,5 @@ def export(
         serving_size=None if serving_size == clip.image_size else serving_size,
         proven_sizes=proven_sizes,
     )
-    export_model(clip, job.export, manifest)
+    export_model(clip, job.export, manifest, adapter_alone=adapter_alone)
     return job.export.relative_to(job.path).as_posix()

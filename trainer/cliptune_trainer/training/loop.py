@@ -210,7 +210,8 @@ class Training:
             bias = calibrate(self._clip, batch, self._stepper.micro_batch_size)
             told = f"logit bias {bias:.4g}: the model was trained without one; set from the first batch"
             self._reporter.notice("logit-bias-calibrated", told, warning=False)
-        flight = self._stepper.launch(batch, learning_rate)
+        probing = self._step < self._spec.train.probe_fraction * self._total_steps
+        flight = self._stepper.launch(batch, learning_rate, probing=probing)
         self.settle()  # the step before
         self._step += 1
         self._under_way = UnderWay(
@@ -332,6 +333,7 @@ class Training:
             precision=self._precision,
             metrics=self._metrics,
             matryoshka_dims=self._spec.loss.matryoshka_dims,
+            adapter_alone=self._spec.adapter_alone,
             serving_size=self._sizes.target,
             proven_sizes=self._examine.proven,
         )

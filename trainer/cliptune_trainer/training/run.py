@@ -13,7 +13,7 @@ import torch
 
 from cliptune.errors import InvalidInputError, ModelNotFoundError
 from cliptune_model.clip import Clip, build
-from cliptune_model.source import ModelSource
+from cliptune_model.exported import load_exported
 from cliptune_trainer.contract import check_own_code
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
@@ -27,6 +27,7 @@ from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
+from cliptune_trainer.steps.trainable import make_trainable
 from cliptune_trainer.training.checkpoint import (
     CorruptCheckpointError,
     TrainingState,
@@ -55,6 +56,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     )
     found = _newest_checkpoint(job, device, reporter)
     clip, state = found or (build(spec.model, device=device, seed=spec.train.seed), None)
+    clip, _ = make_trainable(clip, spec)
     # The order of additions depends on the number of threads: a resumed run keeps the first one's.
     _make_repeatable(device, int(state.counters["threads"] if state else hardware.threads.value))
     decisions = decide(spec, hardware, dataset, clip, resumed=state is not None)
@@ -117,7 +119,7 @@ def _newest_checkpoint(job: JobFolder, device: str, reporter: Reporter) -> tuple
     for folder in checkpoints(job.checkpoints):
         try:
             state = load_state(folder)
-            return build(ModelSource(name=f"local-dir:{folder / 'model'}"), device=device), state
+            return load_exported(folder / "model", device=device), state
         except (CorruptCheckpointError, InvalidInputError, ModelNotFoundError) as error:
             reporter.notice("checkpoint-unreadable", f"{error}; the one before it is used")
             shutil.rmtree(folder, ignore_errors=True)

@@ -40,6 +40,7 @@ from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
 from cliptune_trainer.steps.larger_parts import passes_of
 from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
 from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.probing import LinearProbe
 from cliptune_trainer.steps.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
 from cliptune_trainer.steps.stochastic_depth import StochasticDepth
 from cliptune_trainer.steps.teacher import StartingModel
@@ -97,7 +98,9 @@ class Stepper:
             scaled=self.precision.scaler is not None,
             fused=execution.policy.fuses,
             beside={"similarity": clip.similarity, "loss": self._objective},
+            layer_decay=spec.train.layer_decay,
         )
+        self._probe = LinearProbe(clip.model) if spec.train.probe_fraction else None
         install(clip.model, plan.attention_plan)
         if plan.checkpointing:
             enable_checkpointing(clip)
@@ -168,8 +171,8 @@ class Stepper:
         if plan.checkpointing != before.checkpointing:
             (enable_checkpointing if plan.checkpointing else disable_checkpointing)(self._clip)
 
-    def launch(self, batch: Batch, learning_rate: float) -> StepInFlight:
-        """Takes a step, at a smaller micro-batch if need be.
+    def launch(self, batch: Batch, learning_rate: float, *, probing: bool = False) -> StepInFlight:
+        """Takes a step, at a smaller micro-batch if need be. `probing`: of the projections alone.
 
         Raises:
             OverloadedError: not even one pair at a time fits any more.
@@ -178,7 +181,8 @@ class Stepper:
         while True:
             self._take_step.micro_batch_size = self._micro_batch.size
             try:
-                flight = self._take_step.launch(batch, learning_rate)
+                with self._probe.probing() if self._probe and probing else nullcontext():
+                    flight = self._take_step.launch(batch, learning_rate)
             except StepOutOfMemoryError as error:
                 self._halve(str(error))
             else:
