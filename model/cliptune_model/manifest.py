@@ -48,6 +48,8 @@ class Manifest:
         metrics: evaluation after training, by name.
         serving_size: (height, width) where a request asks for none. None: `image_size`.
         proven_sizes: those that it was measured at after training, the smallest first.
+        guard: which point between starting and trained weights it is: "share" of the way, "domain_gain",
+            "general_loss", "tolerance", "ema_decay". Empty: the trained weights, unguarded.
         created: ISO 8601, UTC.
     """
 
@@ -66,6 +68,7 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     serving_size: tuple[int, int] | None = None
     proven_sizes: tuple[ProvenSize, ...] = ()
+    guard: Mapping[str, float] = field(default_factory=dict)
     created: str = field(default_factory=_now)
     cliptune_version: str = field(default_factory=lambda: version("cliptune"))
     torch_version: str = field(default_factory=lambda: version("torch"))

@@ -63,6 +63,9 @@ def with_paths_from(folder: Path, spec: spec_pb2.JobSpec) -> spec_pb2.JobSpec:
     placed.CopyFrom(spec)
     for field in ("train", "validation", "image_root"):
         setattr(placed.data, field, _beside(folder, getattr(spec.data, field)))
+    if spec.guard.HasField("probe"):
+        for field in ("data", "image_root"):
+            setattr(placed.guard.probe, field, _beside(folder, getattr(spec.guard.probe, field)))
     scheme, colon, model_path = spec.model.name.partition(":")
     if colon and scheme == "local-dir":
         placed.model.name = f"local-dir:{_beside(folder, model_path)}"

@@ -75,6 +75,16 @@ class JobFolder:
         return self.path / "export"
 
     @property
+    def starting_weights(self) -> Path:
+        """What training changes, as it was before the first step."""
+        return self.path / "start.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """Folder of what a finished job leaves for people and programs."""
+        return self.path / "report"
+
+    @property
     def pictures(self) -> Path:
         """Folder of what evaluations drew."""
         return self.path / "pictures"

@@ -12,6 +12,7 @@ from cliptune_trainer.spec.check import wrong
 from cliptune_trainer.spec.checkpoint import CheckpointConfig
 from cliptune_trainer.spec.data import DataConfig
 from cliptune_trainer.spec.evaluation import ClassConfig, EvaluationConfig
+from cliptune_trainer.spec.guard import GuardConfig, ProbeConfig
 from cliptune_trainer.spec.resources import ResourceConfig
 from cliptune_trainer.spec.train import TrainConfig, check_learning_rate
 from cliptune_trainer.spec.whole import Spec, from_proto
@@ -21,7 +22,9 @@ __all__ = [
     "ClassConfig",
     "DataConfig",
     "EvaluationConfig",
+    "GuardConfig",
     "LossConfig",
+    "ProbeConfig",
     "ResourceConfig",
     "Spec",
     "Term",

@@ -19,6 +19,7 @@ class ResourceConfig:
     device: str = "auto"
     threads: int | None = None
     memory_gib: float | None = None  # what is free, less a reserve
+    price_per_hour: float | None = None  # of the device, for the report
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -27,6 +28,8 @@ class ResourceConfig:
             within("resources.threads", self.threads, 1, 4096)
         if self.memory_gib is not None:
             within("resources.memory_gib", self.memory_gib, 0.125, 65_536)
+        if self.price_per_hour is not None:
+            within("resources.price_per_hour", self.price_per_hour, 0.0, 1e6)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -40,4 +43,5 @@ def resources_config(resources: spec_pb2.ResourceSpec) -> ResourceConfig:
         device=resources.device or "auto",
         threads=resources.threads if resources.HasField("threads") else None,
         memory_gib=resources.memory_gib if resources.HasField("memory_gib") else None,
+        price_per_hour=resources.price_per_hour if resources.HasField("price_per_hour") else None,
     )

@@ -5,6 +5,7 @@ Enters: the step and the occasion. Leaves: an event, and a picture in the job's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final
 
@@ -19,6 +20,9 @@ from cliptune_trainer.evaluation.degrade import Degrade
 from cliptune_trainer.evaluation.measure import evaluate
 from cliptune_trainer.evaluation.measurement import EvaluationInterrupted, Measurement
 from cliptune_trainer.evaluation.sweep import proven_sizes
+from cliptune_trainer.guard.curve import Curve
+from cliptune_trainer.guard.guard import Guard
+from cliptune_trainer.guard.picture import draw_curve
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.plan.decide import Decisions
 from cliptune_trainer.reporting.events import Reporter
@@ -45,12 +49,14 @@ class Examiner:
         clip: Clip,
         decisions: Decisions,
         reporter: Reporter,
+        guard: Guard,
         interrupted: Callable[[], bool],
     ) -> None:
         self._job, self._spec, self._dataset = job, spec, dataset
         self._clip = clip.at(decisions.sizes.target)
         self._decisions, self._reporter, self._interrupted = decisions, reporter, interrupted
         self.proven: tuple[ProvenSize, ...] = ()
+        self._guard = guard
 
     def __call__(self, step: int, occasion: str) -> dict[str, float] | None:
         """The metrics; None when the evaluation gave way to an instruction that ends the attempt."""
@@ -58,8 +64,11 @@ class Examiner:
         resamples = config.bootstrap_samples if occasion == "after" else 0
         with tracer().start_as_current_span("evaluate", attributes={"occasion": occasion, "step": step}):
             try:
-                measured = self._measure(resamples)
-                sweep = self._swept(measured, occasion)
+                curve = self._guard.choose(self._main_metric) if occasion == "after" else None
+                with self._guard.counted():
+                    measured = self._measure(resamples)
+                    sweep = self._swept(measured, occasion)
+                    general = self._guard.general(step, resamples=resamples)
             except EvaluationInterrupted:
                 return None
             pictures = self._draw(measured, step) if occasion in _DRAWN else ()
@@ -76,6 +85,12 @@ class Examiner:
         result = measured.told(step, occasion, pictures)
         if sweep is not None:
             result.sweep.CopyFrom(sweep.to_message())
+        if general is not None:
+            known, start = general
+            result.general.CopyFrom(known.told(start))
+            if curve is not None:
+                picture = self._draw_curve(curve, measured.main_metric, known.main_metric, step)
+                result.guard.CopyFrom(curve.told(picture=picture, ema_decay=self._spec.guard.ema_decay))
         self._reporter.evaluation(result)
         return measured.metrics
 
@@ -103,6 +118,20 @@ class Examiner:
             degrade=degrade,
             interrupted=self._interrupted,
         )
+
+    def _main_metric(self) -> float:
+        measured = self._measure(0)
+        return measured.metrics.get(measured.main_metric, math.nan)
+
+    def _draw_curve(self, curve: Curve, domain_metric: str, general_metric: str, step: int) -> str:
+        """Its path in the job's folder; "": there is no room for it."""
+        path = self._job.pictures / f"guard-{step:08d}.png"
+        try:
+            draw_curve(curve, f"{self._spec.name}, step {step}", domain_metric, general_metric, path)
+        except OSError as error:
+            self._reporter.notice("picture-failed", f"{path.name} cannot be written: {error.strerror}")
+            return ""
+        return path.relative_to(self._job.path).as_posix()
 
     def _draw(self, measured: Measurement, step: int) -> tuple[str, ...]:
         """Paths in the job's folder."""

@@ -1,0 +1,107 @@
+"""What keeps the model from forgetting: the spec's `[guard]`, typed and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from cliptune.metric_names import MAIN_METRICS
+from cliptune.v1 import spec_pb2
+from cliptune_trainer.spec.check import one_of, within, wrong
+from cliptune_trainer.spec.data import FORMS, DataConfig
+
+DEFAULT_POINTS: Final = (0.2, 0.4, 0.6, 0.8)
+# One point of a metric; of the agreement with the starting model, which also counts answers that matter to
+# nobody, more may go before anything is lost.
+PROBE_TOLERANCE: Final = 0.01
+AGREEMENT_TOLERANCE: Final = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProbeConfig:
+    """General images with texts, or with labels. `main_metric`: empty: by what can be measured."""
+
+    data: str
+    image_root: str = ""
+    image_column: str = "image"
+    caption_column: str = "caption"
+    label_column: str = ""
+    max_images: int = 1000
+    main_metric: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise wrong("guard.probe.data", "empty", f"{FORMS}; or no [guard.probe] at all")
+        within("guard.probe.max_images", self.max_images, 2, 100_000)
+        if self.main_metric:
+            one_of("guard.probe.main_metric", self.main_metric, MAIN_METRICS)
+
+    def table(self) -> DataConfig:
+        """The same as where a table's columns are, for its reader."""
+        return DataConfig(
+            train=self.data,
+            image_root=self.image_root,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            label_column=self.label_column,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardConfig:
+    """What is measured beside the domain, and which weights are published.
+
+    Attributes:
+        on: it guards, if the weights are pretrained.
+        probe: None: the agreement with the starting model.
+        ema_decay: of the running mean of the weights; 0: none.
+        l2_sp: strength of the pull towards the starting weights.
+        points: shares of the way from them that are measured, 0 and 1 apart.
+        tolerance: general loss that may be paid.
+    """
+
+    on: bool = True
+    probe: ProbeConfig | None = None
+    ema_decay: float = 0.0
+    l2_sp: float = 0.0
+    points: tuple[float, ...] = field(default=DEFAULT_POINTS)
+    tolerance: float = AGREEMENT_TOLERANCE
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise wrong("guard.ema_decay", f"{self.ema_decay:g}", "0 up to, but not, 1")
+        within("guard.l2_sp", self.l2_sp, 0.0, 1000.0)
+        within("guard.tolerance", self.tolerance, 0.0, 1.0)
+        before = 0.0
+        for place, point in enumerate(self.points):
+            if not before < point < 1.0:
+                raise wrong(
+                    f"guard.points[{place}]", f"{point:g}", f"above {before:g} and below 1: they rise"
+                )
+            before = point
+
+
+def guard_config(guard: spec_pb2.GuardSpec) -> GuardConfig:
+    """The typed form of `GuardSpec`; unset fields take their documented defaults. Raises `SpecError`."""
+    probe = _probe(guard.probe) if guard.HasField("probe") else None
+    usual = AGREEMENT_TOLERANCE if probe is None else PROBE_TOLERANCE
+    return GuardConfig(
+        on=not guard.off,
+        probe=probe,
+        ema_decay=guard.ema_decay,
+        l2_sp=guard.l2_sp,
+        points=tuple(guard.points) or DEFAULT_POINTS,
+        tolerance=guard.tolerance if guard.HasField("tolerance") else usual,
+    )
+
+
+def _probe(probe: spec_pb2.ProbeSpec) -> ProbeConfig:
+    return ProbeConfig(
+        data=probe.data,
+        image_root=probe.image_root,
+        image_column=probe.image_column or "image",
+        caption_column=probe.caption_column or "caption",
+        label_column=probe.label_column,
+        max_images=probe.max_images if probe.HasField("max_images") else 1000,
+        main_metric=probe.main_metric,
+    )
