@@ -30,6 +30,7 @@ class LoadedModels:
         self._coming: dict[str, PublishedModel] = {}
         self._holds: Counter[str] = Counter()
         self._let_go = asyncio.Event()
+        self._settled = asyncio.Event()
         self._aliases: dict[str, dict[str, int]] = {}
         self.traffic: Rules = {}
         """How the requests for aliases are shared among versions."""
@@ -118,10 +119,16 @@ class LoadedModels:
     def withdraw(self, key: str) -> None:
         """It is not being loaded any more: it is there, or it cannot be loaded."""
         self._coming.pop(key, None)
+        self._tell()
 
     def add(self, model: PublishedModel) -> None:
         """The engine holds this version and it answered a canary."""
         self._models[model.key] = model
+        self._tell()
+
+    async def changed(self) -> None:
+        """Returns when a model has been loaded, or will not be after all."""
+        await self._settled.wait()
 
     def hide(self, key: str) -> None:
         """Requests from now on do not find this version."""
@@ -155,6 +162,10 @@ class LoadedModels:
     def aliases(self, name: str, version: int) -> list[str]:
         """Aliases that point at a version."""
         return sorted(alias for alias, at in self._aliases.get(name, {}).items() if at == version)
+
+    def _tell(self) -> None:
+        self._settled.set()
+        self._settled = asyncio.Event()
 
     def _is_coming(self, reference: Reference, newest: PublishedModel) -> bool:
         if reference.version is not None or reference.alias:

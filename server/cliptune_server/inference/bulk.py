@@ -113,12 +113,12 @@ class BulkStream:
                 self._changed.notify_all()
 
     def _take_group(self) -> list[EmbedStreamRequest]:
-        """The first that waits, and those after it of its model and kind, as many as fit."""
+        """The first that waits, and those after it that can go with it, as many as fit."""
         first = self._waiting[0]
         sizes = itertools.accumulate(request.ByteSize() for request in self._waiting)
         count = 0
         for request, size in zip(self._waiting[:_GROUP_ITEMS], sizes, strict=False):
-            same = (request.model, request.WhichOneof("item")) == (first.model, first.WhichOneof("item"))
+            same = _group(request) == _group(first)
             if count and (not same or size > _GROUP_BYTES):
                 break
             count += 1
@@ -135,7 +135,9 @@ class BulkStream:
         try:
             if kind == "image":
                 images = [request.image for request in group]
-                response = await self._embed_images(EmbedImagesRequest(model=model, images=images))
+                response = await self._embed_images(
+                    EmbedImagesRequest(model=model, images=images, resolution=group[0].resolution)
+                )
             elif kind == "text":
                 texts = [request.text for request in group]
                 response = await self._embed_texts(EmbedTextsRequest(model=model, texts=texts))
@@ -148,6 +150,12 @@ class BulkStream:
             _log.exception("a group of a bulk stream failed")
             detail = to_detail(InternalError(f"the stream failed on this item: {type(error).__name__}"))
         return [EmbedStreamResponse(id=request.id, model=request.model, error=detail) for request in group]
+
+
+def _group(request: EmbedStreamRequest) -> tuple[str, str | None, str]:
+    """What items of one call have in common: model, kind, size of images."""
+    kind = request.WhichOneof("item")
+    return request.model, kind, request.resolution if kind == "image" else ""
 
 
 def _spread(

@@ -16,8 +16,12 @@ class Catalog(Protocol):
     async def resolve(self, reference: str) -> str:
         """ "" (the only one loaded), NAME, NAME:V or NAME@ALIAS → the key "NAME:V" of a loaded model.
 
-        `ModelNotFoundError`, or `ModelStateError` naming how to load.
+        `ModelNotFoundError`, or `ModelStateError` naming how to load. `UnavailableError`: it is being loaded.
         """
+        ...
+
+    async def changed(self) -> None:
+        """Returns when a model has been loaded, or will not be after all."""
         ...
 
     def shadow(self, reference: str) -> str | None:

@@ -20,6 +20,7 @@ from cliptune_server.inference.engines import EngineSupervisor
 from cliptune_server.inference.pins import Catalog, Pins
 from cliptune_server.inference.shadowing import Shadowing
 from cliptune_server.inference.traffic import Traffic
+from cliptune_server.inference.waiting import Waiting
 
 MESSAGE_BYTES: Final = 256 * 1024 * 1024
 # Room for what the model's key adds to a message.
@@ -61,6 +62,7 @@ class Router:
         """Copies of requests to versions on trial."""
         self._engines: Final = engines
         self._catalog: Final = catalog
+        self._waiting: Final = Waiting(catalog)
         self._message_bytes: Final = message_bytes
 
     async def embed_images(
@@ -146,12 +148,12 @@ class Router:
         deadline_s = None if timeout_s is None else began_s + timeout_s
         reference = request.model
         with self.traffic.request(), tracer().start_as_current_span(f"router.{name}", record_exception=False):
-            request.model = await (pins or self._catalog).resolve(reference)
+            request.model = await self._waiting.resolve(pins or self._catalog, reference, deadline_s)
             try:
                 answer = await self._engines.call(pick, request, _left_s(deadline_s), bulk=bulk)
             except ModelStateError:
                 # It was unloaded in between, as when an alias moves: the reference may mean another one now.
-                key = await (pins or self._catalog).resolve(reference)
+                key = await self._waiting.resolve(pins or self._catalog, reference, deadline_s)
                 if key == request.model:
                     raise
                 request.model = key

@@ -26,6 +26,9 @@ class MemoryCatalog:
             raise ModelNotFoundError(f"no model {reference!r}", model=reference)
         return key
 
+    async def changed(self) -> None:
+        await asyncio.Event().wait()  # nothing is ever being loaded
+
     def shadow(self, reference: str) -> str | None:
         return self.shadows.get(reference)
 
