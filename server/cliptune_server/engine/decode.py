@@ -41,6 +41,9 @@ class Decoder:
         self.seconds = 0.0
         """Of all threads together, since the start."""
         self.items = 0
+        # What is bulk never has more than the threads' own number in their queue, so that what is interactive
+        # waits for one image each at most.
+        self._bulk_turns: Final = asyncio.Semaphore(threads)
         self._images: Final = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._texts: Final = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
 
@@ -54,8 +57,14 @@ class Decoder:
         self._images.shutdown(wait=False, cancel_futures=True)
         self._texts.shutdown(wait=False, cancel_futures=True)
 
-    async def image(self, reader: ImageReader, image: tensor_pb2.Image) -> Tensor:
-        """One image → [3, H, W]. Raises what is wrong with it."""
+    async def image(self, reader: ImageReader, image: tensor_pb2.Image, *, bulk: bool = False) -> Tensor:
+        """One image → [3, H, W]; `bulk`: others go first. Raises what is wrong with it."""
+        if bulk:
+            async with self._bulk_turns:
+                return await self._decoded(reader, image)
+        return await self._decoded(reader, image)
+
+    async def _decoded(self, reader: ImageReader, image: tensor_pb2.Image) -> Tensor:
         seconds: list[float] = []
         try:
             return await asyncio.get_running_loop().run_in_executor(
