@@ -155,6 +155,11 @@ RULES: Final[dict[str, Rule]] = {
     "evaluation.main_metric": Choice(MAIN_METRICS),
     "evaluation.bootstrap_samples": Range(0, 100_000),
     "evaluation.latency_budget_ms": Range(0, 1e6, open_low=True),
+    "guard.ema_decay": Range(0, 0.999999),
+    "guard.l2_sp": Range(0, 1000),
+    "guard.tolerance": Range(0, 1),
+    "guard.probe.max_images": Range(2, 100_000),
+    "guard.probe.main_metric": Choice(MAIN_METRICS),
     "checkpoint.every_steps": _AT_LEAST_ONE,
     "checkpoint.keep": _AT_LEAST_ONE,
     "publish.model": _NAMED,
@@ -163,6 +168,7 @@ RULES: Final[dict[str, Rule]] = {
     "resources.threads": Range(1, 1024),
     "resources.max_retries": Range(0, 100),
     "resources.memory_gib": Range(0, open_low=True),
+    "resources.price_per_hour": Range(0),
     "tune.max_trials": _AT_LEAST_ONE,
     "tune.budget_seconds": Range(0),
     "tune.parallel": Range(1, 64),
@@ -194,6 +200,7 @@ def validate_values(spec: spec_pb2.JobSpec) -> None:
     _check_data(spec.data)
     _check_classes(spec.evaluation.classes)
     _check_prompts(spec.evaluation)
+    _check_guard(spec.guard)
     _check_sizes(spec)
     for index, target in enumerate(spec.adapter.targets):
         if not _TARGET.holds(target):
@@ -333,3 +340,14 @@ def _check_prompts(evaluation: spec_pb2.EvaluationSpec) -> None:
         if not label.strip() or not evaluation.label_names[label].strip():
             path = f"evaluation.label_names[{label!r}]"
             raise wrong_value(path, evaluation.label_names[label], "a label and its name, neither empty")
+
+
+def _check_guard(guard: spec_pb2.GuardSpec) -> None:
+    if guard.HasField("probe") and not guard.probe.data:
+        allowed = f"{_allowed('data.train')}; or no [guard.probe] at all"
+        raise wrong_value("guard.probe.data", guard.probe.data, allowed)
+    before = 0.0
+    for index, point in enumerate(guard.points):
+        if not before < point < 1:
+            raise wrong_value(f"guard.points[{index}]", point, f"> {before:g} and < 1, as they rise")
+        before = point

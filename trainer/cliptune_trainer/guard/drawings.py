@@ -18,7 +18,7 @@ _SEED: Final = 0
 
 
 def drawings() -> tuple[Image.Image, ...]:
-    """Some ninety: figures alone and several of a kind, patterns, scenes of a few strokes, faces, textures."""
+    """Some ninety: figures alone and several of a kind, patterns, scenes of some strokes, faces, textures."""
     random = np.random.default_rng(_SEED)
     pictures = [
         _figures(random, sides, count) for sides in (0, 3, 4, 5, 6, -5) for count in (1, 1, 1, 2, 5, 12)

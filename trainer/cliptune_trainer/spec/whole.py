@@ -16,6 +16,7 @@ from cliptune_trainer.spec.check import wrong
 from cliptune_trainer.spec.checkpoint import CheckpointConfig, checkpoint_config
 from cliptune_trainer.spec.data import DataConfig, data_config
 from cliptune_trainer.spec.evaluation import EvaluationConfig, evaluation_config
+from cliptune_trainer.spec.guard import GuardConfig, guard_config
 from cliptune_trainer.spec.loss import loss_config
 from cliptune_trainer.spec.model import model_source
 from cliptune_trainer.spec.resources import ResourceConfig, resources_config
@@ -39,6 +40,7 @@ class Spec:
     publishes: bool = True
     adapter: AdapterConfig | None = None
     form: str = MERGED
+    guard: GuardConfig = field(default_factory=GuardConfig)
     tune: TuneConfig | None = None
     """A search: the job is a study."""
 
@@ -74,5 +76,6 @@ def from_proto(message: spec_pb2.JobSpec) -> Spec:
         publishes=not message.publish.skip,
         adapter=adapter,
         form=published_form(message.publish.form, adapter),
+        guard=guard_config(message.guard),
         tune=tune_config(message.tune) if message.HasField("tune") else None,
     )

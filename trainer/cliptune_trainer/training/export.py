@@ -24,6 +24,7 @@ def export(
     adapter_alone: bool = False,
     serving_size: Size | None = None,
     proven_sizes: tuple[ProvenSize, ...] = (),
+    guard: Mapping[str, float] | None = None,
 ) -> str:
     """Writes the model in open_clip's own format, or its adapter; returns the folder relative to the job's.
 
@@ -38,6 +39,7 @@ def export(
         matryoshka_dims=matryoshka_dims,
         serving_size=None if serving_size == clip.image_size else serving_size,
         proven_sizes=proven_sizes,
+        guard=guard,
     )
     export_model(clip, job.export, manifest, adapter_alone=adapter_alone)
     return job.export.relative_to(job.path).as_posix()

@@ -28,6 +28,8 @@ from cliptune_model.image_sizes import ProvenSize
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
+from cliptune_trainer.guard.general import Probe
+from cliptune_trainer.guard.guard import Guard
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import BIAS
 from cliptune_trainer.losses.temperature import begin
@@ -73,6 +75,7 @@ class Training:
         inbox: gives the instructions.
         linked: a daemon may speak through the inbox, so that it is worth waiting for its word.
         teacher: the model as the first step found it, for objectives that need it.
+        probe: what the guard measures general knowledge by; None: nothing is guarded.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Training:
         inbox: Inbox,
         linked: bool,
         teacher: Clip | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
@@ -117,6 +121,7 @@ class Training:
             reporter=reporter,
             teacher=teacher,
         )
+        self._guard = Guard(spec, clip, job, probe=probe, reporter=reporter, resumed=state is not None)
         # On CUDA the host is a step ahead of the device, which so never waits for it.
         self._runs_ahead = clip.device.type == "cuda"
         self._under_way: UnderWay | None = None
@@ -153,6 +158,7 @@ class Training:
             clip=clip,
             decisions=decisions,
             reporter=reporter,
+            guard=self._guard,
             interrupted=lambda: inbox.end_wanted,
         )
         self._examine.proven = tuple(ProvenSize(**entry) for entry in counters.get("proven_sizes", ()))
@@ -164,6 +170,8 @@ class Training:
     def run(self) -> Ending:
         """Trains to the end, or until told to stop."""
         self._clip.model.train()
+        if (error := attempt_write(self._guard.begin)) and (ending := self._hold(error, self._guard.begin)):
+            return ending
         with self._loader, self._epoch_span:
             batches = self._loader.batches(self._step, self._total_steps)
             while True:
@@ -214,6 +222,7 @@ class Training:
         flight = self._stepper.launch(batch, learning_rate, probing=probing)
         self.settle()  # the step before
         self._step += 1
+        self._guard.step_done(self._step, learning_rate)
         self._under_way = UnderWay(
             flight=flight,
             step=self._step,
@@ -290,6 +299,7 @@ class Training:
     def _state(self) -> TrainingState:
         values, tensors = random_state(self._clip.device)
         stepper = self._stepper.state()
+        guard_values, guard_tensors = self._guard.state()
         return TrainingState(
             step=self._step,
             counters={
@@ -302,8 +312,11 @@ class Training:
                 "random": values,
                 **stepper.values,
                 **self._outcomes.state(),
+                **guard_values,
             },
-            tensors={_OPTIMIZER + name: tensor for name, tensor in stepper.tensors.items()} | tensors,
+            tensors={_OPTIMIZER + name: tensor for name, tensor in stepper.tensors.items()}
+            | guard_tensors
+            | tensors,
         )
 
     def _restore(self, state: TrainingState) -> None:
@@ -313,6 +326,7 @@ class Training:
             if name.startswith(_OPTIMIZER)
         }
         self._stepper.restore(state.counters, optimizer)
+        self._guard.restore(state.counters, state.tensors)
         restore_random_state(self._clip.device, state.counters["random"], state.tensors)
 
     def _export(self) -> Ending:
@@ -327,16 +341,18 @@ class Training:
 
     def _write_export(self) -> None:
         self._clip.model.eval()
-        export(
-            self._job,
-            self._clip,
-            precision=self._precision,
-            metrics=self._metrics,
-            matryoshka_dims=self._spec.loss.matryoshka_dims,
-            adapter_alone=self._spec.adapter_alone,
-            serving_size=self._sizes.target,
-            proven_sizes=self._examine.proven,
-        )
+        with self._guard.counted():
+            export(
+                self._job,
+                self._clip,
+                precision=self._precision,
+                metrics=self._metrics,
+                matryoshka_dims=self._spec.loss.matryoshka_dims,
+                adapter_alone=self._spec.adapter_alone,
+                serving_size=self._sizes.target,
+                proven_sizes=self._examine.proven,
+                guard=self._guard.record,
+            )
 
     # -- what it can be told
     # ---------------------------------------------------------------------------------------

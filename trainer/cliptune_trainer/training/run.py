@@ -19,6 +19,11 @@ from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
 from cliptune_trainer.data.forms.columns import Wording
 from cliptune_trainer.data.roots import DataRoots
+from cliptune_trainer.evaluation.measurement import EvaluationInterrupted
+from cliptune_trainer.guard.agreement import AgreementProbe
+from cliptune_trainer.guard.general import Probe
+from cliptune_trainer.guard.guard import decide_guard
+from cliptune_trainer.guard.probe import read_probe
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.plan.decide import Decisions, Hardware, decide, decide_hardware
@@ -77,6 +82,8 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         f" {'on' if execution.plan.checkpointing else 'off'}"
     )
     taught = TEACHER in spec.loss.needs
+    # A checkpoint is as if its weights were pretrained: what was decided at the beginning holds.
+    guarded = state.counters.get("guarded", False) if state else decide_guard(spec, clip).value == "on"
     training = Training(
         job=job,
         spec=spec,
@@ -89,8 +96,23 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         inbox=inbox,
         linked=linked,
         teacher=build(spec.model, device=device, seed=spec.train.seed) if taught else None,
+        probe=_probe(job, spec, roots, inbox) if guarded and len(dataset.validation) else None,
     )
     return training.run()
+
+
+def _probe(job: JobFolder, spec: Spec, roots: Sequence[Path], inbox: Inbox) -> Probe:
+    """What the guard measures general knowledge by."""
+
+    def check() -> None:
+        if inbox.end_wanted:
+            raise EvaluationInterrupted
+
+    if spec.guard.probe is None:
+        return AgreementProbe(spec.evaluation.batch_size, check)
+    return read_probe(
+        spec.guard.probe, DataRoots(roots), spec.evaluation, examined=True, check=check, cache=job.path
+    )
 
 
 def plan_executions(
