@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Final
 
 from cliptune.errors import InvalidInputError, OverloadedError, RequestTooLargeError
+
+_BULK_PART: Final = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,13 +67,15 @@ class Admission:
             )
 
     @contextmanager
-    def room(self, items: int, size_bytes: int) -> Iterator[None]:
-        """Holds room for a request.
+    def room(self, items: int, size_bytes: int, *, bulk: bool = False) -> Iterator[None]:
+        """Holds room for a request; the last quarter is kept from what is bulk.
 
         `OverloadedError` when there is none; an empty engine takes any request.
         """
+        part = _BULK_PART if bulk else 1.0
         full = (
-            self.items + items > self.limits.total_items or self.bytes + size_bytes > self.limits.total_bytes
+            self.items + items > part * self.limits.total_items
+            or self.bytes + size_bytes > part * self.limits.total_bytes
         )
         if full and self.items:
             self.shed += 1

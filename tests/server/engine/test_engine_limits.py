@@ -23,6 +23,15 @@ def test_a_full_engine_says_when_to_come_back() -> None:
     assert (admission.items, admission.bytes) == (0, 0)
 
 
+def test_bulk_leaves_a_quarter_of_the_room_to_what_is_interactive() -> None:
+    admission = Admission(AdmissionLimits(total_items=100, total_bytes=1000), backlog_s=lambda: 1.0)
+    with admission.room(70, 100, bulk=True):
+        with pytest.raises(OverloadedError), admission.room(6, 1, bulk=True):
+            pass
+        with admission.room(30, 900):
+            pass
+
+
 def test_an_empty_engine_takes_a_request_larger_than_its_room() -> None:
     admission = Admission(AdmissionLimits(total_items=10, total_bytes=1000), backlog_s=lambda: 0.0)
     with admission.room(100, 10_000):
