@@ -107,11 +107,13 @@ def identity(clip: Clip, source: ModelSource = SOURCE) -> BaseIdentity:
     return BaseIdentity(source=source, seed=0, sha256=digest(base_state(clip.model)))
 
 
-def adapted(clip: Clip, config: AdapterConfig | None = None, seed: int = 5) -> Clip:
+def adapted(
+    clip: Clip, config: AdapterConfig | None = None, seed: int = 5, base: BaseIdentity | None = None
+) -> Clip:
     """With a new adapter whose last matrices are no zeros, as if it had been trained."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip = attach(clip, config or AdapterConfig(dropout=0.0), identity(clip))
+        clip = attach(clip, config or AdapterConfig(dropout=0.0), base or identity(clip))
         for name, parameter in clip.model.named_parameters():
             if name.endswith((".up", ".up_bias", ".down_bias")):
                 parameter.data.normal_(std=0.1)

@@ -26,6 +26,7 @@ from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.acceleration.fidelity import ServingWay, choose_way
 from cliptune_model.acceleration.lean import choose_lean, make_lean
+from cliptune_model.adapters import SharedBase
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
 from cliptune_model.exported import MANIFEST_FILE, load_exported, read_manifest
@@ -60,6 +61,8 @@ class ServedModel:
     scores: Scores
     reader: ImageReader
     way: ServingWay
+    base: SharedBase
+    """Its weights, for adapters that belong to them: one base in memory, however many adapters."""
     decoded_ahead: asyncio.Semaphore
     """Decoded images that may wait for this model: two batches, so that one is ready while another runs."""
     trained_dims: tuple[int, ...] = ()
@@ -95,6 +98,7 @@ class _Read:
     """What a folder was made into."""
 
     towers: Towers
+    base: SharedBase
     way: ServingWay
     trained_dims: tuple[int, ...]
 
@@ -232,6 +236,7 @@ class ModelSet:
             texts=self._batcher.open(key, "text", towers.texts, towers.stack),
             reader=ImageReader(towers.clip, fast=read.way.decode.value == "fast"),
             way=read.way,
+            base=read.base,
             trained_dims=read.trained_dims,
             scores=Scores(towers.clip.similarity),
             decoded_ahead=asyncio.Semaphore(self._decoded_ahead),
@@ -245,7 +250,9 @@ class ModelSet:
             torch.cuda.empty_cache()
 
     def _read(self, path: str) -> _Read:
-        clip = load_exported(Path(path), device=self.device)
+        loaded = [model.base for model in list(self._models.values())]
+        clip = load_exported(Path(path), device=self.device, loaded=loaded)
+        base = SharedBase(clip)
         make_lean(clip, choose_lean(clip))
         install(clip.model, self._attention)
         clip.model.eval()
@@ -255,7 +262,7 @@ class ModelSet:
             _log.info("%s: %s (%s)", choice.subject, choice.value, choice.reason, extra={"path": path})
         told = (Path(path) / MANIFEST_FILE).is_file()
         trained_dims = tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()
-        return _Read(towers=Towers(clip, way.autocast(self.device)), way=way, trained_dims=trained_dims)
+        return _Read(towers=Towers(clip, way.autocast(self.device)), base=base, way=way, trained_dims=trained_dims)
 
     def _probe(self) -> None:
         ones = torch.ones(8, 8, device=self.device)
