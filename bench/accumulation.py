@@ -3,7 +3,8 @@
 The price of exactness is a forward pass more, about a third of a step. Beside it open_clip's own accumulation
 (`accum_freq`, its training loop's arithmetic): its time, and how far its gradient is from the whole batch's,
 where ours differs by rounding alone. On a GPU `work cost` is the same ratio in seconds that its kernels run:
-where `ours cost` is far above it, the parts are so small that the GPU waits for the host. The second table
+where `ours cost` is far above it, the parts are so small that the GPU waits for the host; `launches` are the
+kernels that a step gives it. `--half-weights off` leaves the casts of weights to autocast. The second table
 takes an effective batch that no GPU holds at once within a budget of memory: ViT-L/14 with 32,768 pairs in
 24 GiB on an NVIDIA GPU.
 """
@@ -38,6 +39,7 @@ from cliptune_trainer.losses import choose_tiling
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.steps.accumulation import accumulate
+from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
 from cliptune_trainer.steps.optim import build_optimizer
 from cliptune_trainer.steps.parts import parts_of
 from cliptune_trainer.steps.precision import Precision
@@ -156,10 +158,18 @@ class OpenClip:
         loss.backward()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """Seconds that the GPU's kernels run, and how many there are, copies and fillings included."""
+
+    busy_s: float
+    launches: int
+
+
 class Bench:
     """One model and batch on a device; each side computes and takes a step."""
 
-    def __init__(self, case: Case, device: str, precision: str) -> None:
+    def __init__(self, case: Case, device: str, precision: str, *, half_weights: bool) -> None:
         self.device, self.case = device, case
         self.clip = build(ModelSource(name=case.model), device=device)
         self.clip.model.train()
@@ -175,7 +185,16 @@ class Bench:
         tiled = tiling.value.isdigit()
         self.objective = Objective(block=int(tiling.value) if tiled else None)
         self.optimizer = build_optimizer(self.clip.model, learning_rate=LEARNING_RATE, weight_decay=0.1)
-        self.step = Step(self.clip, self.objective, self.optimizer, self.precision, clip_norm=CLIP_NORM)
+        choice = choose_half_weights(self.clip, precision, device)
+        self.halves = HalfWeights.of(self.clip, self.precision, choice) if half_weights else None
+        self.step = Step(
+            self.clip,
+            self.objective,
+            self.optimizer,
+            self.precision,
+            clip_norm=CLIP_NORM,
+            half_weights=self.halves,
+        )
         self._open_clip = OpenClip(self.clip, self.precision, self.batch)
 
     def ours(self, micro_batch: int) -> None:
@@ -192,14 +211,18 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         synchronize(self.device)
 
-    def work_s(self, micro_batch: int) -> float:
-        """Seconds that the GPU's kernels run in a step."""
+    def work(self, micro_batch: int) -> Work:
+        """What a step is on the GPU."""
         steps = 3
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:
             for _ in range(steps):
                 self.ours(micro_batch)
-        busy_us = sum(event.self_device_time_total for event in profiled.key_averages())
-        return float(busy_us) / 1e6 / steps
+        events = profiled.key_averages()
+        busy_us = sum(event.self_device_time_total for event in events)
+        return Work(
+            busy_s=float(busy_us) / 1e6 / steps,
+            launches=sum(event.count for event in events if event.self_device_time_total > 0) // steps,
+        )
 
     def difference(self, micro_batch: int, *, ours: bool) -> float:
         """Relative difference between the gradient in parts and that of the whole batch."""
@@ -208,7 +231,14 @@ class Bench:
 
     def _gradient(self, micro_batch: int, *, ours: bool) -> Tensor:
         if ours:
-            accumulate(self.clip, self.objective, self.precision, self.batch, micro_batch)
+            accumulate(
+                self.clip,
+                self.objective,
+                self.precision,
+                self.batch,
+                micro_batch,
+                half_weights=self.halves,
+            )
         else:
             self._open_clip(micro_batch)
         gradients = [
@@ -219,27 +249,38 @@ class Bench:
         return joined
 
 
-def compared(case: Case, device: str, precision: str, repetitions: int) -> list[Columns]:
+def compared(
+    case: Case, device: str, precision: str, repetitions: int, *, half_weights: bool
+) -> list[Columns]:
     """A line for each micro-batch. Every side takes its turn in every round."""
-    bench = Bench(case, device, precision)
+    bench = Bench(case, device, precision, half_weights=half_weights)
     sides: dict[str, Callable[[], float]] = {"whole": seconds(lambda: bench.ours(case.batch))}
     for size in case.micro_batches:
         sides[f"ours {size}"] = seconds(lambda size=size: bench.ours(size))  # type: ignore[misc]
         sides[f"open_clip {size}"] = seconds(lambda size=size: bench.theirs(size))  # type: ignore[misc]
     found_s = medians(sides, repetitions)
     sizes = (case.batch, *case.micro_batches) if device == "cuda" else ()
-    work_s = {size: bench.work_s(size) for size in sizes}
+    work = {size: bench.work(size) for size in sizes}
     return [
         {
             "model": case.model,
             "batch": case.batch,
             "micro_batch": size,
             "parts": len(parts_of(case.batch, size)),
+            "half_weights": "on" if bench.halves else "off",
             "whole_s": found_s["whole"],
             "ours_s": found_s[f"ours {size}"],
             "open_clip_s": found_s[f"open_clip {size}"],
             "ours_cost": found_s[f"ours {size}"] / found_s["whole"],
-            **({"work_cost": work_s[size] / work_s[case.batch]} if work_s else {}),
+            **(
+                {
+                    "work_cost": work[size].busy_s / work[case.batch].busy_s,
+                    "launches": work[size].launches,
+                    "whole_launches": work[case.batch].launches,
+                }
+                if work
+                else {}
+            ),
             "open_clip_cost": found_s[f"open_clip {size}"] / found_s["whole"],
             "ours_difference": bench.difference(size, ours=True),
             "open_clip_difference": bench.difference(size, ours=False),
@@ -248,14 +289,16 @@ def compared(case: Case, device: str, precision: str, repetitions: int) -> list[
     ]
 
 
-def within_budget(case: Case, device: str, precision: str, budget_gib: float, steps: int) -> Columns:
+def within_budget(
+    case: Case, device: str, precision: str, budget_gib: float, steps: int, *, half_weights: bool
+) -> Columns:
     """An effective batch of any size in little memory; the micro-batch is halved until it fits."""
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, budget_gib * 2**30 / total))
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    bench = Bench(case, device, precision)
+    bench = Bench(case, device, precision, half_weights=half_weights)
     micro_batch, peak_bytes = case.micro_batches[0], 0
     losses: list[float] = []
     times_s: list[float] = []
@@ -302,12 +345,30 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5 if device == "cuda" else 3)
     parser.add_argument("--steps", type=int, default=1, help="of the large batch; 0: leave it out")
     parser.add_argument("--budget-gib", type=float, default=form.budget_gib, help="for the large batch")
+    parser.add_argument(
+        "--half-weights",
+        choices=("auto", "off"),
+        default="auto",
+        help="auto: as the trainer has it; off: autocast casts the weights in every part",
+    )
     arguments = parser.parse_args()
+    half_weights = arguments.half_weights == "auto"
     rows = [
-        row for case in form.cases for row in compared(case, device, form.precision, arguments.repetitions)
+        row
+        for case in form.cases
+        for row in compared(case, device, form.precision, arguments.repetitions, half_weights=half_weights)
     ]
     large = (
-        [within_budget(form.large, device, form.precision, arguments.budget_gib, arguments.steps)]
+        [
+            within_budget(
+                form.large,
+                device,
+                form.precision,
+                arguments.budget_gib,
+                arguments.steps,
+                half_weights=half_weights,
+            )
+        ]
         if arguments.steps
         else []
     )
