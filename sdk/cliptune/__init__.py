@@ -74,7 +74,7 @@ if TYPE_CHECKING:
         StateChange,
         UnknownBody,
     )
-    from cliptune.model import Model
+    from cliptune.model import Model, ProvenSize
     from cliptune.report import JobReport
     from cliptune.results import (
         Classification,
@@ -155,6 +155,7 @@ __all__ = [
     "PathOutsideRootsError",
     "Profile",
     "Progress",
+    "ProvenSize",
     "RequestTooLargeError",
     "ResolutionSweep",
     "SampleRow",
@@ -261,7 +262,10 @@ _NAMES: Final = {
         "StateChange",
         "UnknownBody",
     ),
-    "model": ("Model",),
+    "model": (
+        "Model",
+        "ProvenSize",
+    ),
     "report": ("JobReport",),
     "results": (
         "Classification",

@@ -20,7 +20,7 @@ import numpy as np
 from cliptune.channel import Patience
 from cliptune.errors import CliptuneError, InvalidInputError, UnavailableError, from_detail
 from cliptune.images import image_message
-from cliptune.inference_codec import OnError, placed, text_item
+from cliptune.inference_codec import OnError, Resolution, placed, resolution_text, text_item
 from cliptune.results import Embedded, Embeddings, FailedItem, Float32
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2
@@ -63,9 +63,12 @@ class Collected:
 class BulkWindow:
     """The items between input and output of one bulk embedding."""
 
-    def __init__(self, kind: Kind, model: str, max_in_flight: int, on_error: OnError) -> None:
+    def __init__(
+        self, kind: Kind, model: str, max_in_flight: int, on_error: OnError, resolution: Resolution = ""
+    ) -> None:
         self._kind: Final = kind
         self._model = model
+        self._resolution: Final = resolution_text(resolution)
         self._pinned = False
         self._max_in_flight: Final = max(1, max_in_flight)
         self._on_error: Final = on_error
@@ -129,6 +132,7 @@ class BulkWindow:
         index = self._unsent.popleft()
         request = inference_pb2.EmbedStreamRequest(id=str(index), model=self._model)
         if self._kind == "images":
+            request.resolution = self._resolution
             request.image.CopyFrom(self._unanswered[index])
         else:
             request.text = self._unanswered[index]

@@ -40,6 +40,7 @@ from cliptune.tensors import unpack
 from cliptune.v1 import error_pb2, inference_pb2, spec_pb2, tensor_pb2
 
 OnError: TypeAlias = Literal["raise", "return"]
+Resolution: TypeAlias = str | int | tuple[int, int]
 ClassesInput: TypeAlias = Mapping[str, str | Sequence[str]] | Sequence[str | spec_pb2.ClassPrompts]
 
 # One request of a long list: enough to fill the engine's batches, small enough to be answered soon.
@@ -76,6 +77,7 @@ class EmbedPlan:
         model: str,
         on_error: OnError,
         dimensions: int | None = None,
+        resolution: Resolution = "",
     ) -> None:
         self._kind: Final = kind
         self._items: Final = _many(items, kind)
@@ -83,6 +85,7 @@ class EmbedPlan:
         self._model = model
         self._on_error: Final = on_error
         self._dimensions: Final = dimensions or 0
+        self._resolution: Final = resolution_text(resolution)
         self._failed: list[FailedItem] = []
         if not self._items:
             raise InvalidInputError(f"{kind} is empty", field=kind)
@@ -155,7 +158,10 @@ class EmbedPlan:
         request: inference_pb2.EmbedImagesRequest | inference_pb2.EmbedTextsRequest
         if images:
             request = inference_pb2.EmbedImagesRequest(
-                model=self._model, images=messages, dimensions=self._dimensions
+                model=self._model,
+                images=messages,
+                dimensions=self._dimensions,
+                resolution=self._resolution,
             )
         else:
             request = inference_pb2.EmbedTextsRequest(
@@ -177,7 +183,9 @@ class EmbedPlan:
         return item
 
 
-def similarity(images: object, texts: object, model: str, on_error: OnError) -> Call[Similarity]:
+def similarity(
+    images: object, texts: object, model: str, on_error: OnError, resolution: Resolution = ""
+) -> Call[Similarity]:
     """Every image against every text, [N, M]."""
     began_s = time.perf_counter()
     rows = _gather("images", images, image_message, on_error)
@@ -196,13 +204,20 @@ def similarity(images: object, texts: object, model: str, on_error: OnError) -> 
 
     return Call(
         method="InferenceService/Similarity",
-        request=inference_pb2.SimilarityRequest(model=model, images=rows.messages, texts=columns.messages),
+        request=inference_pb2.SimilarityRequest(
+            model=model,
+            images=rows.messages,
+            texts=columns.messages,
+            resolution=resolution_text(resolution),
+        ),
         answer=inference_pb2.SimilarityResponse,
         parse=parse,
     )
 
 
-def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: OnError) -> Call[PairScores]:
+def score_pairs(
+    pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: OnError, resolution: Resolution = ""
+) -> Call[PairScores]:
     """Image i against text i, [N]."""
     began_s = time.perf_counter()
 
@@ -225,13 +240,17 @@ def score_pairs(pairs: Iterable[tuple[ImageInput, str]], model: str, on_error: O
 
     return Call(
         method="InferenceService/ScorePairs",
-        request=inference_pb2.ScorePairsRequest(model=model, pairs=rows.messages),
+        request=inference_pb2.ScorePairsRequest(
+            model=model, pairs=rows.messages, resolution=resolution_text(resolution)
+        ),
         answer=inference_pb2.ScorePairsResponse,
         parse=parse,
     )
 
 
-def classify(images: object, classes: ClassesInput, model: str, on_error: OnError) -> Call[Classifications]:
+def classify(
+    images: object, classes: ClassesInput, model: str, on_error: OnError, resolution: Resolution = ""
+) -> Call[Classifications]:
     """Softmax over the classes for each image, [N, C]."""
     began_s = time.perf_counter()
     rows = _gather("images", images, image_message, on_error)
@@ -250,7 +269,10 @@ def classify(images: object, classes: ClassesInput, model: str, on_error: OnErro
     return Call(
         method="InferenceService/Classify",
         request=inference_pb2.ClassifyRequest(
-            model=model, images=rows.messages, classes=class_messages(classes)
+            model=model,
+            images=rows.messages,
+            classes=class_messages(classes),
+            resolution=resolution_text(resolution),
         ),
         answer=inference_pb2.ClassifyResponse,
         parse=parse,
@@ -273,6 +295,20 @@ def class_messages(classes: ClassesInput) -> list[spec_pb2.ClassPrompts]:
         group if isinstance(group, spec_pb2.ClassPrompts) else spec_pb2.ClassPrompts(label=text_item(group))
         for group in classes
     ]
+
+
+def resolution_text(resolution: Resolution) -> str:
+    """As the contract writes it: "", a word, "224" or "224x320"; a side, or (height, width)."""
+    if isinstance(resolution, str):
+        return resolution
+    sides = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+    if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InvalidInputError(
+            f"resolution is {resolution!r}; allowed: pixels, (height, width), fast, balanced, best",
+            path="resolution",
+            allowed="fast, balanced, best",
+        )
+    return "x".join(map(str, sides))
 
 
 def text_item(text: object) -> str:

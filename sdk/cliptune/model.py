@@ -9,6 +9,20 @@ from cliptune.v1 import model_pb2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProvenSize:
+    """An image size that a model was measured at."""
+
+    height: int
+    width: int
+    value: float
+    """The main metric."""
+    images_per_second: float
+    latency_ms: float
+    """One image through the image tower, on the machine that trained it."""
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """One published version. It never changes; its aliases and whether it is loaded do."""
 
@@ -32,6 +46,10 @@ class Model:
     """How alike embeddings are: "cosine", unless it was trained with another."""
     similarity_parameters: dict[str, float]
     """What the similarity computes with, given or learned."""
+    serving_size: int
+    """Side of images, in pixels, where a request asks for none."""
+    sizes: tuple[ProvenSize, ...]
+    """Those that it was measured at after training, the smallest first; a request may ask for any of them."""
     message: model_pb2.Model = field(repr=False, compare=False)
 
     @property
@@ -58,5 +76,17 @@ def model_from_message(message: model_pb2.Model) -> Model:
         device=message.device,
         similarity=message.similarity,
         similarity_parameters=dict(message.similarity_parameters),
+        serving_size=message.serving_size,
+        sizes=tuple(
+            ProvenSize(
+                height=size.height,
+                width=size.width,
+                value=size.value,
+                images_per_second=size.images_per_second,
+                latency_ms=size.latency_ms,
+                memory_bytes=size.memory_bytes,
+            )
+            for size in message.sizes
+        ),
         message=message,
     )

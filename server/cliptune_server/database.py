@@ -20,7 +20,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 log = logging.getLogger(__name__)
 
 # Raised whenever a table changes: an index of another layout is thrown away and rebuilt.
-_LAYOUT: Final = 2
+_LAYOUT: Final = 3
 
 Result = TypeVar("Result")
 

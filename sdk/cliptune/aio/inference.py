@@ -13,7 +13,7 @@ import cliptune.inference_codec as inference_codec
 from cliptune.aio.connection import AsyncConnection
 from cliptune.errors import CliptuneError
 from cliptune.images import ImageInput
-from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError
+from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError, Resolution
 from cliptune.progress import bulk_bar
 from cliptune.results import Classifications, Embedded, Embeddings, PairScores, Similarity
 from cliptune.v1 import inference_pb2
@@ -27,6 +27,7 @@ class AsyncInferenceCalls(AsyncConnection):
         images: Sequence[ImageInput],
         *,
         model: str = "",
+        resolution: Resolution = "",
         dimensions: int | None = None,
         on_error: OnError = "raise",
         timeout_s: float | None = None,
@@ -35,10 +36,13 @@ class AsyncInferenceCalls(AsyncConnection):
 
         Long lists go out in several requests, all answered by one version of the model. A failed item raises
         its own error, with `index` in its metadata; with on_error="return" its row is NaN and `.errors` lists
-        it. `dimensions`: the first so many numbers of each, of a model that was trained for it. `.profile`
-        says where the time went.
+        it. `dimensions`: the first so many numbers of each, of a model that was trained for it.
+        `resolution`: a side or (height, width) in pixels, or "fast", "balanced" or "best" of the sizes that
+        the model was measured at (`Model.sizes`); else its serving size. `.profile` says where the time went.
         """
-        return await self._embed(EmbedPlan("images", images, model, on_error, dimensions), timeout_s)
+        return await self._embed(
+            EmbedPlan("images", images, model, on_error, dimensions, resolution), timeout_s
+        )
 
     async def embed_texts(
         self,
@@ -58,6 +62,7 @@ class AsyncInferenceCalls(AsyncConnection):
         texts: Sequence[str],
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Similarity:
@@ -70,6 +75,7 @@ class AsyncInferenceCalls(AsyncConnection):
         pairs: Iterable[tuple[ImageInput, str]],
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> PairScores:
@@ -83,6 +89,7 @@ class AsyncInferenceCalls(AsyncConnection):
         classes: ClassesInput,
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Classifications:
@@ -99,6 +106,7 @@ class AsyncInferenceCalls(AsyncConnection):
         kind: bulk.Kind,
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
     ) -> AsyncGenerator[Embedded]:
@@ -107,7 +115,7 @@ class AsyncInferenceCalls(AsyncConnection):
         Items are read as they are needed and at most `max_in_flight` are under way. A lost stream is taken up
         again with what is unanswered.
         """
-        window = bulk.BulkWindow(kind, model, max_in_flight, on_error)
+        window = bulk.BulkWindow(kind, model, max_in_flight, on_error, resolution)
 
         def open_stream(requests: AsyncIterator[Any]) -> AsyncGenerator[Any]:
             return self._open(bulk.METHOD, requests, inference_pb2.EmbedStreamResponse).answers()
@@ -120,13 +128,21 @@ class AsyncInferenceCalls(AsyncConnection):
         kind: bulk.Kind = "images",
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
         progress: bool = False,
     ) -> Embeddings:
         """All of `embed_stream` as one array [N, D]. `progress`: show a bar on stderr."""
         collected = bulk.Collected(kind)
-        stream = self.embed_stream(items, kind, model=model, on_error=on_error, max_in_flight=max_in_flight)
+        stream = self.embed_stream(
+            items,
+            kind,
+            model=model,
+            resolution=resolution,
+            on_error=on_error,
+            max_in_flight=max_in_flight,
+        )
         with bulk_bar(kind, items, shown=progress) as advance:
             async with aclosing(stream):
                 async for embedded in stream:

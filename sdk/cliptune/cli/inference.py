@@ -17,6 +17,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", default="", help="NAME, NAME:VERSION or NAME@ALIAS (default: the only one loaded)"
     )
+    parser.add_argument(
+        "--resolution",
+        default="",
+        metavar="SIZE",
+        help="of images: 224, 224x320, or fast, balanced or best (default: the model's serving size)",
+    )
     add_json(parser, "one JSON object a line")
     add_address(parser)
 
@@ -40,6 +46,7 @@ def _embed(options: argparse.Namespace) -> int:
             names,
             "images" if options.images else "texts",
             model=options.model,
+            resolution=options.resolution,
             on_error="return",
             progress=options.progress,
         )
@@ -73,7 +80,13 @@ def _match_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _match(options: argparse.Namespace) -> int:
     with connect(options) as client:
-        found = client.similarity(options.images, options.texts, model=options.model, on_error="return")
+        found = client.similarity(
+            options.images,
+            options.texts,
+            model=options.model,
+            resolution=options.resolution,
+            on_error="return",
+        )
     texts = [item for item in found.errors if item.field == "texts"]
     images = [item for item in found.errors if item.field == "images"]
     failed = {item.index: item for item in images}
@@ -116,7 +129,9 @@ def _classify(options: argparse.Namespace) -> int:
         label, _, prompt = given.partition("=")
         classes.setdefault(label, []).extend([prompt] if prompt else [])
     with connect(options) as client:
-        answers = client.classify(options.images, classes, model=options.model, on_error="return")
+        answers = client.classify(
+            options.images, classes, model=options.model, resolution=options.resolution, on_error="return"
+        )
     failed = {item.index: item for item in answers.errors}
     if options.json:
         for index, image in enumerate(options.images):

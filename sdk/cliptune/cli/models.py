@@ -32,7 +32,8 @@ def _show(client: Client, options: argparse.Namespace) -> int:
         print_json(mapping(model.message))
         return 0
     print(f"{model.reference}  {', '.join(model.aliases) or 'no alias'}")
-    print(f"{model.architecture}, {model.embedding_dim} dimensions, {model.image_size} pixels")
+    side = model.serving_size or model.image_size
+    print(f"{model.architecture}, {model.embedding_dim} dimensions, {side} pixels")
     values = ", ".join(f"{name} {value:.4g}" for name, value in sorted(model.similarity_parameters.items()))
     print(f"compared by {model.similarity}" + (f" ({values})" if values else ""))
     print(f"created {moment(model.created)}" + (f" by job {model.job_id}" if model.job_id else ""))
@@ -40,6 +41,11 @@ def _show(client: Client, options: argparse.Namespace) -> int:
         parts = [f"{one.share:.3g} to {one.version}" for one in traffic.shares]
         parts += [f"copies to {traffic.shadow_version}"] if traffic.shadow_version else []
         print(f"of {alias}'s requests {', '.join(parts)}")
+    for proven in model.sizes:
+        print(
+            f"at {proven.height} x {proven.width} pixels: {proven.value:.4f},"
+            f" {proven.images_per_second:,.0f} images/s, {proven.latency_ms:.1f} ms"
+        )
     print(f"loaded on {model.device}" if model.loaded else "not loaded")
     print(f"{model.path}, {size(model.bytes)}")
     if model.metrics:

@@ -12,7 +12,7 @@ import cliptune.inference_codec as inference_codec
 from cliptune.client.connection import Connection
 from cliptune.errors import CliptuneError
 from cliptune.images import ImageInput
-from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError
+from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError, Resolution
 from cliptune.progress import bulk_bar
 from cliptune.results import Classifications, Embedded, Embeddings, PairScores, Similarity
 from cliptune.v1 import inference_pb2
@@ -26,6 +26,7 @@ class InferenceCalls(Connection):
         images: Sequence[ImageInput],
         *,
         model: str = "",
+        resolution: Resolution = "",
         dimensions: int | None = None,
         on_error: OnError = "raise",
         timeout_s: float | None = None,
@@ -34,10 +35,11 @@ class InferenceCalls(Connection):
 
         Long lists go out in several requests, all answered by one version of the model. A failed item raises
         its own error, with `index` in its metadata; with on_error="return" its row is NaN and `.errors` lists
-        it. `dimensions`: the first so many numbers of each, of a model that was trained for it. `.profile`
-        says where the time went.
+        it. `dimensions`: the first so many numbers of each, of a model that was trained for it.
+        `resolution`: a side or (height, width) in pixels, or "fast", "balanced" or "best" of the sizes that
+        the model was measured at (`Model.sizes`); else its serving size. `.profile` says where the time went.
         """
-        return self._embed(EmbedPlan("images", images, model, on_error, dimensions), timeout_s)
+        return self._embed(EmbedPlan("images", images, model, on_error, dimensions, resolution), timeout_s)
 
     def embed_texts(
         self,
@@ -57,22 +59,24 @@ class InferenceCalls(Connection):
         texts: Sequence[str],
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Similarity:
         """Every image against every text, `scores` [N, M]."""
-        return self._run(inference_codec.similarity(images, texts, model, on_error), timeout_s)
+        return self._run(inference_codec.similarity(images, texts, model, on_error, resolution), timeout_s)
 
     def score_pairs(
         self,
         pairs: Iterable[tuple[ImageInput, str]],
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> PairScores:
         """Image i against text i, `scores` [N]."""
-        return self._run(inference_codec.score_pairs(pairs, model, on_error), timeout_s)
+        return self._run(inference_codec.score_pairs(pairs, model, on_error, resolution), timeout_s)
 
     def classify(
         self,
@@ -80,6 +84,7 @@ class InferenceCalls(Connection):
         classes: ClassesInput,
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         timeout_s: float | None = None,
     ) -> Classifications:
@@ -87,7 +92,7 @@ class InferenceCalls(Connection):
 
         `classes`: labels, or label → prompts (averaged); a label alone is read as "a photo of a {label}".
         """
-        return self._run(inference_codec.classify(images, classes, model, on_error), timeout_s)
+        return self._run(inference_codec.classify(images, classes, model, on_error, resolution), timeout_s)
 
     def embed_stream(
         self,
@@ -95,6 +100,7 @@ class InferenceCalls(Connection):
         kind: bulk.Kind,
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
     ) -> Generator[Embedded]:
@@ -103,7 +109,7 @@ class InferenceCalls(Connection):
         Items are read as they are needed and at most `max_in_flight` are under way. A lost stream is taken up
         again with what is unanswered.
         """
-        window = bulk.BulkWindow(kind, model, max_in_flight, on_error)
+        window = bulk.BulkWindow(kind, model, max_in_flight, on_error, resolution)
 
         def open_stream(requests: Iterator[Any]) -> Generator[Any]:
             return self._open(bulk.METHOD, requests, inference_pb2.EmbedStreamResponse).answers()
@@ -116,13 +122,21 @@ class InferenceCalls(Connection):
         kind: bulk.Kind = "images",
         *,
         model: str = "",
+        resolution: Resolution = "",
         on_error: OnError = "raise",
         max_in_flight: int = bulk.DEFAULT_IN_FLIGHT,
         progress: bool = False,
     ) -> Embeddings:
         """All of `embed_stream` as one array [N, D]. `progress`: show a bar on stderr."""
         collected = bulk.Collected(kind)
-        stream = self.embed_stream(items, kind, model=model, on_error=on_error, max_in_flight=max_in_flight)
+        stream = self.embed_stream(
+            items,
+            kind,
+            model=model,
+            resolution=resolution,
+            on_error=on_error,
+            max_in_flight=max_in_flight,
+        )
         with bulk_bar(kind, items, shown=progress) as advance, closing(stream):
             for embedded in stream:
                 collected.add(embedded)

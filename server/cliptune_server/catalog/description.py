@@ -5,6 +5,8 @@ Enters: a published version. Leaves: its message. Called by `models.py`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from cliptune.v1 import model_pb2
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel
@@ -27,6 +29,8 @@ def message_of(model: PublishedModel, catalog: LoadedModels, device: str) -> mod
         metrics=model.metrics,
         similarity=model.similarity,
         similarity_parameters=model.similarity_values,
+        serving_size=model.serving_size,
+        sizes=[_proven(entry) for entry in model.sizes],
         path=str(model.path),
         device=device if loaded else "",
     )
@@ -35,3 +39,14 @@ def message_of(model: PublishedModel, catalog: LoadedModels, device: str) -> mod
             message.traffic[alias].CopyFrom(traffic.message())
     message.created.FromDatetime(model.created)
     return message
+
+
+def _proven(entry: Mapping[str, float]) -> model_pb2.ProvenSize:
+    return model_pb2.ProvenSize(
+        height=int(entry.get("height", 0)),
+        width=int(entry.get("width", 0)),
+        value=entry.get("value", 0.0),
+        images_per_second=entry.get("images_per_second", 0.0),
+        latency_ms=entry.get("latency_ms", 0.0),
+        memory_bytes=int(entry.get("memory_bytes", 0)),
+    )

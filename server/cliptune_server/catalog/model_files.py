@@ -52,6 +52,10 @@ class PublishedModel:
     similarity: str
     similarity_values: Mapping[str, float]
     """What the similarity computes with, given or learned."""
+    serving_size: int
+    """Height in pixels where a request asks for none."""
+    sizes: tuple[Mapping[str, float], ...]
+    """Those that it was measured at: fields of `ProvenSize`."""
 
     @property
     def key(self) -> str:
@@ -122,6 +126,7 @@ class ModelFiles:
         path = self.path(name, version)
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         image_size = manifest["image_size"]
+        height = int(image_size[0] if isinstance(image_size, list) else image_size)
         return PublishedModel(
             name=name,
             version=version,
@@ -130,11 +135,13 @@ class ModelFiles:
             bytes=sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
             architecture=str(manifest["architecture"]),
             embedding_dim=int(manifest["embedding_dim"]),
-            image_size=int(image_size[0] if isinstance(image_size, list) else image_size),
+            image_size=height,
             job_id=str(manifest.get("job_id") or ""),
             metrics=_numbers(manifest.get("metrics")),
             similarity=str(manifest.get("similarity") or "cosine"),
             similarity_values=_numbers(manifest.get("similarity_values")),
+            serving_size=int((manifest.get("serving_size") or [height])[0]),
+            sizes=tuple(_numbers(entry) for entry in manifest.get("proven_sizes") or ()),
         )
 
     def publish(

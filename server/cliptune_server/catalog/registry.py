@@ -48,6 +48,8 @@ class ModelRow(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(sqlalchemy.JSON)
     similarity: Mapped[str]
     similarity_values: Mapped[dict[str, Any]] = mapped_column(sqlalchemy.JSON)
+    serving_size: Mapped[int]
+    sizes: Mapped[list[dict[str, Any]]] = mapped_column(sqlalchemy.JSON)
 
 
 class AliasRow(Base):
@@ -305,6 +307,8 @@ def _row(model: PublishedModel) -> ModelRow:
         metrics=dict(model.metrics),
         similarity=model.similarity,
         similarity_values=dict(model.similarity_values),
+        serving_size=model.serving_size,
+        sizes=[dict(entry) for entry in model.sizes],
     )
 
 
@@ -322,4 +326,6 @@ def _model(row: ModelRow) -> PublishedModel:
         metrics=row.metrics,
         similarity=row.similarity,
         similarity_values=row.similarity_values,
+        serving_size=row.serving_size,
+        sizes=tuple(row.sizes),
     )

@@ -72,7 +72,7 @@ class Inference:
             self._models.use(request.model) as model,
             self._room(len(request.images), request.ByteSize(), caller),
         ):
-            rows = await self._embed_images(model, request.images, caller)
+            rows = await self._embed_images(model, request.images, caller, request.resolution)
             rows.raise_single()
             vectors_ND = await _given(model.scores, model.scores.image_vectors, rows)
         return inference_pb2.EmbedImagesResponse(
@@ -114,7 +114,7 @@ class Inference:
             self._room(count, request.ByteSize(), caller),
         ):
             images, texts = await _both(
-                self._embed_images(model, request.images, caller),
+                self._embed_images(model, request.images, caller, request.resolution),
                 self._embed_texts(model, request.texts, caller),
             )
             images.raise_single()
@@ -138,7 +138,7 @@ class Inference:
             self._room(2 * len(request.pairs), request.ByteSize(), caller),
         ):
             images, texts = await _both(
-                self._embed_images(model, [pair.image for pair in request.pairs], caller),
+                self._embed_images(model, [pair.image for pair in request.pairs], caller, request.resolution),
                 self._embed_texts(model, [pair.text for pair in request.pairs], caller),
             )
             errors = {**texts.errors, **images.errors}
@@ -173,7 +173,7 @@ class Inference:
             self._room(count, request.ByteSize(), caller),
         ):
             images, texts = await _both(
-                self._embed_images(model, request.images, caller),
+                self._embed_images(model, request.images, caller, request.resolution),
                 self._embed_classes(model, [prompts for _, prompts in classes], caller),
             )
             images.raise_single()
@@ -195,15 +195,17 @@ class Inference:
         wait_s = self._batcher.backlog_s(interactive=not caller.bulk)
         left_s = None if caller.deadline_s is None else caller.deadline_s - time.monotonic()
         self._admission.check_time(wait_s, left_s)
-        with self._admission.room(items, size_bytes):
+        with self._admission.room(items, size_bytes, bulk=caller.bulk):
             yield
 
     async def _embed_images(
-        self, model: ServedModel, images: Sequence[tensor_pb2.Image], caller: Caller
+        self, model: ServedModel, images: Sequence[tensor_pb2.Image], caller: Caller, resolution: str
     ) -> Rows:
+        size = model.sizes.asked(resolution)
         if not images:
             return Rows.of([], model.dim)
         digests = await _digests(image_digests, images) if self._cache.on else []
+        digests = [digest + size.mark for digest in digests]
         outcomes, unknown = self._remembered(model.images, digests, len(images), caller)
         left_to_decode = len(unknown)
         began_s = time.perf_counter()
@@ -211,17 +213,19 @@ class Inference:
 
         async def embed(place: int) -> Vector:
             nonlocal left_to_decode
-            async with model.decoded_ahead:
+            async with model.decoded_ahead[caller.bulk]:
                 try:
                     if caller.late():
                         raise DeadlineExceededError("the deadline was over before the image was decoded")
-                    image_CHW = await self._decoder.image(model.reader, images[place])
+                    image_CHW = await self._decoder.image(size.reader, images[place], bulk=caller.bulk)
                 finally:
                     left_to_decode -= 1
                     if not left_to_decode:
                         caller.timings.decode_s = max(caller.timings.decode_s, time.perf_counter() - began_s)
                         span.end()
-                return await self._batcher.submit(model.images, image_CHW, caller, shape=image_CHW.shape)
+                return await self._batcher.submit(
+                    model.images, image_CHW, caller, shape=image_CHW.shape, length=size.positions
+                )
 
         try:
             with self._batcher.pending(model.images, len(unknown), caller):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,13 +30,13 @@ from cliptune_model.adapters import SharedBase
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
 from cliptune_model.exported import MANIFEST_FILE, load_exported, read_manifest
-from cliptune_model.image_reader import ImageReader
 from cliptune_model.machine.hardware import detect
 from cliptune_model.machine.proofs import Proofs
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.scores import Scores
+from cliptune_server.engine.sizes import ImageSizes
 from cliptune_server.engine.spans import Caller
 from cliptune_server.engine.towers import Towers
 from cliptune_server.engine.vectors import VectorCache
@@ -59,12 +59,13 @@ class ServedModel:
     images: Lane
     texts: Lane
     scores: Scores
-    reader: ImageReader
+    sizes: ImageSizes
     way: ServingWay
     base: SharedBase
     """Its weights, for adapters that belong to them: one base in memory, however many adapters."""
-    decoded_ahead: asyncio.Semaphore
-    """Decoded images that may wait for this model: two batches, so that one is ready while another runs."""
+    decoded_ahead: Mapping[bool, asyncio.Semaphore]
+    """Decoded images that may wait for this model, bulk and others apart, so that bulk does not use up the
+    places: two batches of each, so that one is ready while another runs."""
     trained_dims: tuple[int, ...] = ()
     """Fewer dimensions that an embedding may be cut to (Matryoshka)."""
     class_vectors: VectorCache = field(default_factory=VectorCache)
@@ -83,7 +84,7 @@ class ServedModel:
             key=self.key,
             path=self.path,
             embedding_dim=self.dim,
-            image_size=self.clip.image_size[0],
+            image_size=self.sizes.serving[0],
             logit_scale=self.clip.logit_scale,
             load_seconds=self.load_seconds,
             precision=self.way.precision.value,
@@ -101,6 +102,7 @@ class _Read:
     base: SharedBase
     way: ServingWay
     trained_dims: tuple[int, ...]
+    sizes: ImageSizes
 
 
 class ModelSet:
@@ -217,7 +219,7 @@ class ModelSet:
     async def ask_canary(self, model: ServedModel) -> None:
         """An image and a text, by the path of requests but before them."""
         caller = Caller.current()
-        image_CHW = await self._decoder.image(model.reader, _CANARY_IMAGE)
+        image_CHW = await self._decoder.image(model.sizes.usual.reader, _CANARY_IMAGE)
         (tokens_L,) = await self._decoder.texts(model.clip, [_CANARY_TEXT])
         if isinstance(tokens_L, CliptuneError):
             raise InternalError(f"the canary's text was refused: {tokens_L.message}")
@@ -234,12 +236,12 @@ class ModelSet:
             clip=towers.clip,
             images=self._batcher.open(key, "image", towers.images, towers.stack),
             texts=self._batcher.open(key, "text", towers.texts, towers.stack),
-            reader=ImageReader(towers.clip, fast=read.way.decode.value == "fast"),
+            sizes=read.sizes,
             way=read.way,
             base=read.base,
             trained_dims=read.trained_dims,
             scores=Scores(towers.clip.similarity),
-            decoded_ahead=asyncio.Semaphore(self._decoded_ahead),
+            decoded_ahead={bulk: asyncio.Semaphore(self._decoded_ahead) for bulk in (False, True)},
         )
 
     def _close(self, model: ServedModel) -> None:
@@ -261,8 +263,20 @@ class ModelSet:
         for choice in (way.precision, way.decode):
             _log.info("%s: %s (%s)", choice.subject, choice.value, choice.reason, extra={"path": path})
         told = (Path(path) / MANIFEST_FILE).is_file()
-        trained_dims = tuple(read_manifest(Path(path)).matryoshka_dims) if told else ()
-        return _Read(towers=Towers(clip, way.autocast(self.device)), base=base, way=way, trained_dims=trained_dims)
+        manifest = read_manifest(Path(path)) if told else None
+        sizes = ImageSizes(
+            clip,
+            serving=(manifest.serving_size if manifest else None) or clip.image_size,
+            proven=manifest.proven_sizes if manifest else (),
+            fast=way.decode.value == "fast",
+        )
+        return _Read(
+            towers=Towers(clip, way.autocast(self.device)),
+            base=base,
+            way=way,
+            trained_dims=manifest.matryoshka_dims if manifest else (),
+            sizes=sizes,
+        )
 
     def _probe(self) -> None:
         ones = torch.ones(8, 8, device=self.device)

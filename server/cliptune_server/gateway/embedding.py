@@ -95,6 +95,7 @@ async def embed(
     encoding: forms.Encoding,
     *,
     dimensions: int | None = None,
+    resolution: str = "",
     timeout_s: float | None = None,
     bulk: bool = False,
 ) -> dict[str, Any]:
@@ -126,7 +127,10 @@ async def embed(
 
     if inputs.images:
         images = inference_pb2.EmbedImagesRequest(
-            model=model, images=[image for _, image in inputs.images], dimensions=dimensions or 0
+            model=model,
+            images=[image for _, image in inputs.images],
+            dimensions=dimensions or 0,
+            resolution=resolution,
         )
         version = await run(
             [place for place, _ in inputs.images], router.embed_images(images, timeout_s, bulk=bulk)

@@ -109,6 +109,16 @@ Inputs = Annotated[
 ]
 
 
+ResolutionField = Annotated[
+    str,
+    Field(
+        description="Size that images are brought to: 224, 224x320, or fast, balanced or best of the sizes"
+        " that the model was measured at. Empty: its serving size.",
+        max_length=16,
+    ),
+]
+
+
 class EmbeddingsBody(BaseModel):
     """OpenAI's request, where inputs may also be images. Other fields of OpenAI's are ignored."""
 
@@ -127,6 +137,7 @@ class EmbeddingsBody(BaseModel):
         ge=1,
         description="Fewer numbers an embedding, for a model that was trained for it; or its own size.",
     )
+    resolution: ResolutionField = ""
     modality: Literal["text", "image"] | None = Field(
         default=None,
         description="What plain strings are. Left out: images where they are data URLs of one, else texts.",
@@ -139,6 +150,7 @@ class SimilarityBody(Strict):
     model: ModelField = ""
     images: list[ImageField] = Field(examples=[[_EXAMPLE_IMAGE]])
     texts: list[str] = Field(examples=[["a cracked cell", "an intact cell"]])
+    resolution: ResolutionField = ""
 
 
 class PairBody(Strict):
@@ -153,6 +165,7 @@ class ScorePairsBody(Strict):
 
     model: ModelField = ""
     pairs: list[PairBody]
+    resolution: ResolutionField = ""
 
 
 class ClassBody(Strict):
@@ -177,6 +190,7 @@ class ClassifyBody(Strict):
     model: ModelField = ""
     images: list[ImageField] = Field(examples=[[_EXAMPLE_IMAGE]])
     classes: list[ClassField] = Field(examples=[["cracked cell", "intact cell"]])
+    resolution: ResolutionField = ""
 
 
 class EmbeddingCard(BaseModel):

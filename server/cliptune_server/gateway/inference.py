@@ -48,6 +48,7 @@ async def create_embeddings(request: Request, body: forms.EmbeddingsBody) -> Res
             inputs,
             body.encoding_format,
             dimensions=body.dimensions,
+            resolution=body.resolution,
             timeout_s=timeout_of(request),
             bulk=bulk_of(request),
         )
@@ -90,7 +91,10 @@ async def embed_images(
 async def similarity(request: Request, body: forms.SimilarityBody) -> Response:
     """Similarities [images][texts], by the model's own; multiply by `logit_scale` before a softmax."""
     wanted = inference_pb2.SimilarityRequest(
-        model=body.model, images=forms.image_messages(body.images), texts=body.texts
+        model=body.model,
+        images=forms.image_messages(body.images),
+        texts=body.texts,
+        resolution=body.resolution,
     )
     answer = await context_of(request).router.similarity(wanted, timeout_of(request), bulk=bulk_of(request))
     return JSONResponse(
@@ -117,7 +121,7 @@ async def score_pairs(request: Request, body: forms.ScorePairsBody) -> Response:
         )
         for i, pair in enumerate(body.pairs)
     ]
-    wanted = inference_pb2.ScorePairsRequest(model=body.model, pairs=pairs)
+    wanted = inference_pb2.ScorePairsRequest(model=body.model, pairs=pairs, resolution=body.resolution)
     answer = await context_of(request).router.score_pairs(wanted, timeout_of(request), bulk=bulk_of(request))
     return JSONResponse(
         {
@@ -192,6 +196,7 @@ async def _classify_json(request: Request) -> inference_pb2.ClassifyRequest:
         model=body.model,
         images=forms.image_messages(body.images),
         classes=forms.class_messages(body.classes),
+        resolution=body.resolution,
     )
 
 
