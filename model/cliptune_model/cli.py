@@ -1,4 +1,4 @@
-"""The verb `cliptune doctor`."""
+"""The verbs `cliptune doctor` and `cliptune adapters`."""
 
 from __future__ import annotations
 
@@ -70,5 +70,58 @@ doctor: Final = Verb(
     examples=("cliptune doctor", "cliptune doctor --device mps", "cliptune doctor --json"),
     add_arguments=_add_arguments,
     run=_run,
+    extra="model",
+)
+
+
+def _add_adapter_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="what an adapter is, and which base it belongs to")
+    show.add_argument("adapter", type=Path, help="its folder")
+    merge = actions.add_parser("merge", help="a whole model, with the adapter in its weights")
+    merge.add_argument("adapter", type=Path, help="its folder")
+    merge.add_argument("into", type=Path, help="a new folder, which plain open_clip loads")
+    merge.add_argument(
+        "--base", help="where its base is now, as model.name of a spec (default: where it was)"
+    )
+    merge.add_argument(
+        "--pretrained", default="", help="of an architecture: open_clip's tag or a weights file"
+    )
+
+
+def _run_adapters(arguments: argparse.Namespace) -> int:
+    from cliptune.errors import ConflictError
+    from cliptune_model.adapters import describe_adapter, load_adapted
+    from cliptune_model.exported import export_model
+    from cliptune_model.manifest import read_manifest
+    from cliptune_model.source import ModelSource
+
+    described = describe_adapter(arguments.adapter)
+    attached = described.attached
+    if arguments.action == "show":
+        config = attached.config
+        targets = sorted({target for layer in attached.layers for target in layer.wanted(config)})
+        print(f"{config.kind} of rank {config.rank} in {len(attached.layers)} layers: {', '.join(targets)}")
+        print(f"base: {attached.base.told}")
+        return 0
+    if arguments.into.exists():
+        raise ConflictError(f"{str(arguments.into)!r} is there already: name a new folder")
+    base = ModelSource(name=arguments.base, pretrained=arguments.pretrained) if arguments.base else None
+    clip = load_adapted(arguments.adapter, base=base)
+    export_model(clip, arguments.into, read_manifest(arguments.adapter))
+    print(f"{attached.base.told} with the adapter in its weights: {arguments.into}")
+    return 0
+
+
+adapters: Final = Verb(
+    name="adapters",
+    summary="show an adapter, or put it into the weights of its base",
+    examples=(
+        "cliptune adapters show ./my-adapter",
+        "cliptune adapters merge ./my-adapter ./merged",
+        "cliptune adapters merge ./my-adapter ./merged --base local-dir:/models/base",
+    ),
+    add_arguments=_add_adapter_arguments,
+    run=_run_adapters,
     extra="model",
 )
