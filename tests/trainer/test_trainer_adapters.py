@@ -228,3 +228,45 @@ def test_a_job_trains_an_adapter_goes_on_from_a_checkpoint_and_publishes_the_mer
     first, again = job.losses(2), job.losses(3)
     assert again
     assert again == {step: values for step, values in first.items() if step in again}
+
+
+def test_a_job_may_publish_the_adapter_alone_of_one_tower(make_job: MakeJob, tmp_path: Path) -> None:
+    base = exported_base(tmp_path / "base")
+    job = make_job(
+        model={"name": f"local-dir:{base}"},
+        train={"max_steps": 2, "learning_rate": 0.01, "freeze": {"image": True}},
+        adapter={"kind": "bottleneck"},
+        guard={"off": True},
+    )
+    job.run("run", 1)
+    files = {path.name for path in job.folder.export.iterdir()}
+    assert "cliptune_adapter.safetensors" in files
+    assert "open_clip_model.safetensors" not in files
+    clip, before = load_exported(job.folder.export), load_exported(base)
+    assert not torch.allclose(vectors(clip), vectors(before), atol=1e-5)
+    with torch.no_grad():
+        images_B3HW = torch.ones(1, 3, *clip.image_size)
+        assert torch.equal(clip.encode_images(images_B3HW), before.encode_images(images_B3HW))
+
+
+def test_a_job_probes_first_and_then_trains_all_layers_each_at_its_rate(
+    make_job: MakeJob, tmp_path: Path
+) -> None:
+    base = exported_base(tmp_path / "base")
+    job = make_job(
+        model={"name": f"local-dir:{base}"},
+        train={"max_steps": 4, "learning_rate": 0.01, "probe_fraction": 0.5, "layer_decay": 0.7},
+        guard={"off": True},
+        checkpoint={"every_steps": 2, "keep": 5},
+    )
+    job.run("run", 1)
+    start, probed, trained = (
+        load_exported(folder).model.state_dict()
+        for folder in (base, *(job.folder.checkpoints / f"step-{step:08d}" / "model" for step in (2, 4)))
+    )
+    changed = {name for name, value in probed.items() if not torch.equal(value, start[name])}
+    assert changed == {"visual.proj", "text_projection", "logit_scale"}
+    assert {name for name, value in trained.items() if not torch.equal(value, probed[name])} >= {
+        "visual.conv1.weight",
+        "transformer.resblocks.0.mlp.c_fc.weight",
+    }
