@@ -25,6 +25,7 @@ from cliptune.internal.v1 import engine_pb2
 from cliptune.tensors import pack
 from cliptune.v1 import tensor_pb2
 from cliptune_model.acceleration.fidelity import ServingWay, choose_way
+from cliptune_model.acceleration.folded import fold
 from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.adapters import SharedBase
 from cliptune_model.attention import AttentionPlan, install
@@ -260,8 +261,11 @@ class ModelSet:
         clip.model.eval()
         machine = detect(self.device)
         way = choose_way(clip, machine, precision=self._precision, decode=self._decode, proofs=self._proofs)
-        for choice in (way.precision, way.decode):
-            _log.info("%s: %s (%s)", choice.subject, choice.value, choice.reason, extra={"path": path})
+        # Folded kernels compute fp32; and an adapter's weights are not those of the tower that carries it.
+        folds = way.precision.value == "fp32" and clip.adapter is None
+        clip, folded = fold(clip) if folds else (clip, None)
+        for choice in filter(None, (way.precision, way.decode, folded)):
+            _log.info("%s = %s: %s", choice.subject, choice.value, choice.reason, extra={"path": path})
         told = (Path(path) / MANIFEST_FILE).is_file()
         manifest = read_manifest(Path(path)) if told else None
         sizes = ImageSizes(
