@@ -22,6 +22,7 @@ from cliptune.job import (
     job_from_message,
 )
 from cliptune.model import Model, model_from_message
+from cliptune.report import JobReport, report_from_message
 from cliptune.spec import load_spec, spec_from_mapping, validate_shape, with_paths_from
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2, training_pb2
 
@@ -94,6 +95,16 @@ def get_job(job_id: str) -> Call[Job]:
         request=training_pb2.GetJobRequest(job_id=job_id),
         answer=training_pb2.GetJobResponse,
         parse=lambda answer: job_from_message(answer.job),
+    )
+
+
+def job_report(job_id: str) -> Call[JobReport]:
+    """What a job that has succeeded leaves."""
+    return Call(
+        method="TrainingService/GetJobReport",
+        request=training_pb2.GetJobReportRequest(job_id=job_id),
+        answer=training_pb2.GetJobReportResponse,
+        parse=report_from_message,
     )
 
 

@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from cliptune.guard import GeneralResult, GuardCurve, curve_from_message, general_from_message
+from cliptune.interval import Interval
 from cliptune.sweep import ResolutionSweep, sweep_from_message
 from cliptune.v1 import job_pb2
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Interval:
-    """A 95 % bootstrap interval."""
-
-    low: float
-    high: float
+__all__ = ["ClassResult", "Evaluation", "Interval", "evaluation_from_message"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +49,10 @@ class Evaluation:
     """Paths in the job's folder; the gateway serves them as /v1/jobs/{id}/PATH."""
     sweep: ResolutionSweep | None = None
     """The model over image sizes, where that was asked for."""
+    general: GeneralResult | None = None
+    """What it still knows beside the domain, where a guard measures it."""
+    guard: GuardCurve | None = None
+    """After training: how the published weights were chosen."""
 
     @property
     def main(self) -> float:
@@ -83,4 +83,6 @@ def evaluation_from_message(message: job_pb2.Evaluation) -> Evaluation:
         ),
         pictures=tuple(message.pictures),
         sweep=sweep_from_message(message.sweep, message.main_metric) if message.HasField("sweep") else None,
+        general=general_from_message(message.general) if message.HasField("general") else None,
+        guard=curve_from_message(message.guard) if message.HasField("guard") else None,
     )

@@ -53,12 +53,24 @@ def class_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
     ]
 
 
+def general_lines(evaluation: Evaluation) -> list[str]:
+    """What the model still knows beside the domain, and which weights are published; none without a guard."""
+    lines = []
+    if (general := evaluation.general) is not None:
+        value, lost = general.metrics[general.main_metric], 100 * general.loss
+        lines.append(f"general: {general.main_metric} {value:.4f}, {lost:.2f} points below the start")
+    if evaluation.guard is not None:
+        lines.append(f"published: {evaluation.guard.reason}")
+    return lines
+
+
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
     """Of an event: the metrics in one line, and after training or on command a line for each class."""
     told = []
     for name, value, interval in interval_rows(evaluation):
         told.append(f"{name.removesuffix(' *')} {value}" + (f" ({interval})" if interval else ""))
     lines = [f"evaluation ({evaluation.occasion}) at step {evaluation.step}: {'  '.join(told)}"]
+    lines += [f"  {line}" for line in general_lines(evaluation)]
     if evaluation.occasion in ("after", "requested"):
         rows = class_rows(evaluation)
         if rows and len(rows) <= _CLASSES_IN_LINES:

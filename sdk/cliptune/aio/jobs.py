@@ -13,6 +13,7 @@ from cliptune.aio.connection import AsyncConnection
 from cliptune.codec import SpecInput
 from cliptune.errors import UnavailableError
 from cliptune.job import CommandReceipt, Job, JobEvent, JobState
+from cliptune.report import JobReport
 from cliptune.session_aio import AsyncSession
 from cliptune.v1 import job_pb2, training_pb2
 
@@ -42,6 +43,10 @@ class AsyncJobCalls(AsyncConnection):
     async def get_job(self, job_id: str, *, timeout_s: float | None = None) -> Job:
         """The job as it stands."""
         return await self._run(codec.get_job(job_id), timeout_s)
+
+    async def job_report(self, job_id: str, *, timeout_s: float | None = None) -> JobReport:
+        """What a job that has succeeded leaves: a page, and its figures. `NotFoundError` for another."""
+        return await self._run(codec.job_report(job_id), timeout_s)
 
     async def list_jobs(
         self,

@@ -17,7 +17,13 @@ from cliptune.cli.connection import (
 from cliptune.cli.follow import follow
 from cliptune.cli.verb import Verb
 from cliptune.client import Client
-from cliptune.evaluation_lines import CLASS_HEAD, METRIC_HEAD, class_rows, interval_rows
+from cliptune.evaluation_lines import (
+    CLASS_HEAD,
+    METRIC_HEAD,
+    class_rows,
+    general_lines,
+    interval_rows,
+)
 from cliptune.job import CommandReceipt, Job, JobState
 from cliptune.lines import plan_lines
 from cliptune.progress import progress_numbers
@@ -61,6 +67,15 @@ def _watch(client: Client, options: argparse.Namespace) -> int:
     return follow(client, options.job, after=options.after, as_json=options.json)
 
 
+def _report(client: Client, options: argparse.Namespace) -> int:
+    report = client.job_report(options.job)
+    if options.json:
+        print_json(dict(report.figures))
+    else:
+        print(report.save(options.output or f"{options.job}.html"))
+    return 0
+
+
 def _delete(client: Client, options: argparse.Namespace) -> int:
     client.delete_job(options.job)
     return 0
@@ -98,7 +113,10 @@ def _print_evaluation(job: Job) -> None:
     print_table(METRIC_HEAD, interval_rows(evaluation))
     if evaluation.classes:
         print_table(CLASS_HEAD, class_rows(evaluation))
-    for path in evaluation.pictures:
+    for line in general_lines(evaluation):
+        print(line)
+    guarded = (evaluation.guard.picture,) if evaluation.guard and evaluation.guard.picture else ()
+    for path in (*evaluation.pictures, *guarded):
         print(f"picture /v1/jobs/{job.id}/{path}")
 
 
@@ -140,6 +158,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     watching.add_argument(
         "--after", type=int, default=0, metavar="NUMBER", help="only events with a greater number"
     )
+    report = action("report", "save a finished job's report, a page that is readable on its own", _report)
+    report.add_argument("--output", metavar="FILE", help="where to (default: JOB.html)")
     action("pause", "checkpoint and release the device", _command(lambda c, o: c.pause_job(o.job)))
     action("resume", "queue a paused job again", _command(lambda c, o: c.resume_job(o.job)))
     action("cancel", "end a job; its last checkpoint stays", _command(lambda c, o: c.cancel_job(o.job)))
@@ -176,6 +196,7 @@ jobs = Verb(
         "cliptune jobs set-lr cells-7f3a 1e-5",
         "cliptune jobs yield cells-7f3a 30",
         "cliptune jobs show cells-7f3a --json",
+        "cliptune jobs report cells-7f3a --output cells.html",
     ),
     add_arguments=_add_arguments,
     run=_run,

@@ -987,18 +987,18 @@ class GuardSpec(google.protobuf.message.Message):
     """
     tolerance: builtins.float
     """The point with the best main metric is published whose general loss is no more than this: 0.01 is one point of
-    the probe's metric. Default 0.01; without probe data 0.1, of the agreement.
+    the probe's metric. Default 0.01; without probe data 0.03, of the agreement.
     """
     @property
     def probe(self) -> global___ProbeSpec:
         """General images and texts, measured beside the domain. Unset: how far the model still answers as the one that
-        training started from, on the job's own validation images in everyday words.
+        training started from, about drawn pictures in everyday words.
         """
 
     @property
     def points(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """WiSE-FT (Wortsman et al. 2022): shares of the way from the starting weights to the trained ones that are measured
-        after training, between 0 and 1, rising; 0 and 1 are always among them. Default 0.2, 0.4, 0.6, 0.8.
+        after training, between 0 and 1, rising; 0 and 1 are always among them. Default 0.1, 0.2, 0.4, 0.6, 0.8.
         """
 
     def __init__(

@@ -17,6 +17,7 @@ from cliptune_server.gateway.context import context_of
 from cliptune_server.gateway.messages import ControlJson, JobJson, JobListJson, JobSpecJson, json_form
 from cliptune_server.gateway.problems import problems
 from cliptune_server.training.job import FINAL_STATES, LONGEST_YIELD_S
+from cliptune_server.training.reports import report_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 JobId = Annotated[str, Path(description="The job's id.", examples=["solar-cells-7f3a"])]
@@ -35,6 +36,12 @@ _STUDY_TYPES: Final = {
 _STUDY_HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox allow-scripts",
+    "Cache-Control": "no-cache",
+}
+# The page needs neither scripts nor anything from elsewhere: its styles and pictures are in it.
+_REPORT_HEADERS: Final = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'",
     "Cache-Control": "no-cache",
 }
 # A later evaluation of the same step draws it anew.
@@ -167,6 +174,33 @@ async def study_file(
     """The best settings as a spec, all trials as a table, the plots as a page: when the study has ended."""
     content = await context_of(request).jobs.artifact(job_id, "study", name)
     return Response(content, media_type=_STUDY_TYPES[name], headers=_STUDY_HEADERS)
+
+
+@router.get(
+    "/{job_id}/report",
+    summary="A job's report, as a page",
+    response_class=Response,
+    responses={200: {"content": {"text/html": {}}, "description": "A page."}, **problems(404)},
+)
+async def job_report(request: Request, job_id: JobId) -> Response:
+    """Of a job that has succeeded: spec, data, curves, evaluation, what was kept of general knowledge, cost.
+
+    Readable on its own: save it, and it needs no network.
+    """
+    report = await report_of(context_of(request).jobs, job_id)
+    return Response(report.html, media_type="text/html", headers=_REPORT_HEADERS)
+
+
+@router.get(
+    "/{job_id}/report.json",
+    summary="A job's report, as figures",
+    response_class=Response,
+    responses={200: {"content": {"application/json": {}}, "description": "An object."}, **problems(404)},
+)
+async def job_report_figures(request: Request, job_id: JobId) -> Response:
+    """The same, without the pictures."""
+    report = await report_of(context_of(request).jobs, job_id)
+    return Response(report.json, media_type="application/json", headers=_REPORT_HEADERS)
 
 
 @router.delete("/{job_id}", summary="Delete a job", status_code=204, responses=problems(404, 409))

@@ -11,6 +11,7 @@ import grpc
 from cliptune.v1 import training_pb2, training_pb2_grpc
 from cliptune_server.rpc.training_session import TrainingSession
 from cliptune_server.training.jobs import Jobs
+from cliptune_server.training.reports import report_of
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -53,6 +54,11 @@ class TrainingServicer(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.ControlJobRequest, context: _Context
     ) -> training_pb2.ControlJobResponse:
         return await self._jobs.control(request.job_id, request.command)
+
+    async def GetJobReport(  # noqa: N802, D102
+        self, request: training_pb2.GetJobReportRequest, context: _Context
+    ) -> training_pb2.GetJobReportResponse:
+        return await report_of(self._jobs, request.job_id)
 
     async def Session(  # noqa: N802, D102
         self, request_iterator: AsyncIterator[training_pb2.SessionRequest], context: _Context

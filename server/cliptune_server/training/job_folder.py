@@ -10,7 +10,7 @@ thread.
     journal/        0000.jsonl preparation, 0001.jsonl first attempt …, written by the trainer only
     trainer.lock    flock held by the living trainer; its JSON tells which launch that is
     trainer.log     what the trainer printed
-    checkpoints/    export/    pictures/    study/
+    checkpoints/    export/    pictures/    study/    report/
 """
 
 from __future__ import annotations
@@ -38,6 +38,9 @@ _LOG_END_LINES: Final = 20
 _PICTURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\.png")
 STUDY_FILES: Final = ("best.toml", "trials.csv", "study.html")
 """What a study leaves for people."""
+REPORT_FILES: Final = ("report.html", "report.json")
+"""What a job that has succeeded leaves for people and for programs."""
+_NAMED: Final = {"study": STUDY_FILES, "report": REPORT_FILES}
 
 
 class CorruptJobError(Exception):
@@ -109,10 +112,10 @@ class JobFolder:
     def artifact(self, kind: str, name: str) -> bytes | None:
         """A file that the trainer has left for people; None: there is none of this name.
 
-        "pictures": any PNG. "study": `STUDY_FILES`.
+        "pictures": any PNG. "study": `STUDY_FILES`. "report": `REPORT_FILES`.
         """
-        named = _PICTURE.fullmatch(name) is not None if kind == "pictures" else name in STUDY_FILES
-        if kind not in ("pictures", "study") or not named:
+        named = _PICTURE.fullmatch(name) is not None if kind == "pictures" else name in _NAMED.get(kind, ())
+        if not named:
             return None
         try:
             descriptor = os.open(self.root / kind / name, os.O_RDONLY | os.O_NOFOLLOW)

@@ -1,9 +1,9 @@
 """How far a model still answers as the one that training started from, where no general data is at hand.
 
 Enters: the model now, and its answers of then. Leaves: a `General`. Called by `guard`. The starting model is
-the only one who knows what was known before: it is asked how alike pictures and everyday texts are, and how
-alike the texts are among themselves; what counts is the pattern of its answers, which a change of scale or
-temperature leaves as it is. Pictures are drawn on the spot: of the job's own images another answer is wanted.
+the only one who knows what was known before: it is asked how alike pictures and everyday texts are. What
+counts is the pattern of its answers, which a change of scale or temperature leaves as it is. Pictures are
+drawn on the spot: of the job's own images another answer is wanted.
 
 N: pictures, C: texts, P: prepared dimension.
 """
@@ -11,7 +11,7 @@ N: pictures, C: texts, P: prepared dimension.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -24,17 +24,7 @@ from cliptune_trainer.guard.drawings import drawings
 from cliptune_trainer.guard.general import General
 from cliptune_trainer.guard.words import everyday_texts
 
-AGREEMENT = "agreement"
-_PICTURES = "agreement/pictures"
-_TEXTS = "agreement/texts"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Answers:
-    """How alike a model finds pictures and texts [N, C], and texts and texts [C, C]."""
-
-    pictures_NC: Floats
-    texts_CC: Floats
+AGREEMENT: Final = "agreement"
 
 
 class AgreementProbe:
@@ -47,12 +37,13 @@ class AgreementProbe:
 
     def __init__(self, batch_size: int, check: Callable[[], None]) -> None:
         self._batch_size, self._check = batch_size, check
-        self._reference: Answers | None = None
+        self._pictures = drawings()
+        self._reference_NC: Floats | None = None
 
     def remember(self, clip: Clip) -> General:
         """Takes the answers of the starting model, which agrees with itself."""
-        self._reference = self._ask(clip)
-        return self._general(self._reference)
+        self._reference_NC = self._ask(clip)
+        return self._general(self._reference_NC)
 
     def measure(self, clip: Clip, *, resamples: int) -> General:
         """Compares; there is no interval, as pictures and texts are no sample of anything.
@@ -63,38 +54,31 @@ class AgreementProbe:
         del resamples
         return self._general(self._ask(clip))
 
-    def _general(self, answers: Answers) -> General:
-        if self._reference is None:
+    def _general(self, answers_NC: Floats) -> General:
+        if self._reference_NC is None:
             raise RuntimeError("the starting model has not been asked")
-        pictures = correlation(answers.pictures_NC, self._reference.pictures_NC)
-        texts = correlation(_without_diagonal(answers.texts_CC), _without_diagonal(self._reference.texts_CC))
         return General(
-            metrics={AGREEMENT: (pictures + texts) / 2, _PICTURES: pictures, _TEXTS: texts},
+            metrics={AGREEMENT: correlation(answers_NC, self._reference_NC)},
             main_metric=AGREEMENT,
-            samples=len(answers.pictures_NC),
+            samples=len(answers_NC),
         )
 
     @torch.no_grad()
-    def _ask(self, clip: Clip) -> Answers:
+    def _ask(self, clip: Clip) -> Floats:
+        """How alike pictures and texts are: [N, C]."""
         with evaluation_mode(clip.model):
             parts = []
-            pictures = drawings()
-            for start in range(0, len(pictures), self._batch_size):
+            for start in range(0, len(self._pictures), self._batch_size):
                 self._check()
-                batch = [clip.preprocess(picture) for picture in pictures[start : start + self._batch_size]]
-                features_BD = clip.encode_images(torch.stack(batch).to(clip.device))
-                parts.append(
-                    clip.similarity.prepare_images(features_BD).float().cpu().numpy().astype(np.float64)
-                )
-            pictures_NP = np.concatenate(parts)
+                part = self._pictures[start : start + self._batch_size]
+                images_B3HW = torch.stack([clip.preprocess(picture) for picture in part])
+                features_BD = clip.encode_images(images_B3HW.to(clip.device))
+                prepared_BP = clip.similarity.prepare_images(features_BD)
+                parts.append(prepared_BP.float().cpu().numpy().astype(np.float64))
             self._check()
             things = [(wordings[0], wordings) for wordings in everyday_texts()]
-            features_CD = class_embeddings(clip, things, self._batch_size)
-            texts_CP = prepared_texts(clip, features_CD)
-            # A similarity may tell its two sides apart: texts asking are made ready as images are.
-            asking_CP = clip.similarity.prepare_images(features_CD).float().cpu().numpy().astype(np.float64)
-        score = Scorer(clip)
-        return Answers(pictures_NC=score(pictures_NP, texts_CP), texts_CC=score(asking_CP, texts_CP))
+            texts_CP = prepared_texts(clip, class_embeddings(clip, things, self._batch_size))
+        return Scorer(clip)(np.concatenate(parts), texts_CP)
 
 
 def correlation(ours_NC: Floats, theirs_NC: Floats) -> float:
@@ -106,9 +90,3 @@ def correlation(ours_NC: Floats, theirs_NC: Floats) -> float:
     same = (np.linalg.norm(ours, axis=1) < 1e-6) & (np.linalg.norm(theirs, axis=1) < 1e-6)
     along = np.where(flat, same.astype(np.float64), (ours * theirs).sum(axis=1) / np.where(flat, 1.0, size))
     return float(along.mean())
-
-
-def _without_diagonal(square_CC: Floats) -> Floats:
-    count = len(square_CC)
-    kept: Floats = square_CC[~np.eye(count, dtype=bool)].reshape(count, count - 1)
-    return kept

@@ -10,11 +10,11 @@ from cliptune.v1 import spec_pb2
 from cliptune_trainer.spec.check import one_of, within, wrong
 from cliptune_trainer.spec.data import FORMS, DataConfig
 
-DEFAULT_POINTS: Final = (0.2, 0.4, 0.6, 0.8)
-# One point of a metric; of the agreement with the starting model, which also counts answers that matter to
-# nobody, more may go before anything is lost.
+DEFAULT_POINTS: Final = (0.1, 0.2, 0.4, 0.6, 0.8)
+# One point of a metric. The agreement with the starting model falls faster than what the model can do:
+# docs/forgetting.md has both side by side.
 PROBE_TOLERANCE: Final = 0.01
-AGREEMENT_TOLERANCE: Final = 0.1
+AGREEMENT_TOLERANCE: Final = 0.03
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from cliptune.errors import InvalidInputError, ModelNotFoundError
+from cliptune.internal.v1 import trainer_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import load_exported
 from cliptune_trainer.contract import check_own_code
@@ -29,6 +30,7 @@ from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.plan.decide import Decisions, Hardware, decide, decide_hardware
 from cliptune_trainer.plan.per_size import Executions, plan_sizes
 from cliptune_trainer.plan.planning import Planner
+from cliptune_trainer.report.write import write_report
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
@@ -98,7 +100,11 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         teacher=build(spec.model, device=device, seed=spec.train.seed) if taught else None,
         probe=_probe(job, spec, roots, inbox) if guarded and len(dataset.validation) else None,
     )
-    return training.run()
+    ending = training.run()
+    if ending.outcome == trainer_pb2.OUTCOME_SUCCEEDED:
+        del training  # the device's memory is the report's now
+        write_report(job, spec, dataset, decisions, reporter)
+    return ending
 
 
 def _probe(job: JobFolder, spec: Spec, roots: Sequence[Path], inbox: Inbox) -> Probe:
