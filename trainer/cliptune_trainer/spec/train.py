@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from cliptune.v1 import spec_pb2
@@ -39,7 +39,7 @@ class TrainConfig:
     freeze_text: bool = False
     layer_decay: float = 1.0
     probe_fraction: float = 0.0
-    resolution: ResolutionConfig = ResolutionConfig()
+    resolution: ResolutionConfig = field(default_factory=ResolutionConfig)
 
     def __post_init__(self) -> None:
         within("train.epochs", self.epochs, 1, 100_000)
