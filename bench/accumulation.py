@@ -353,31 +353,22 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     half_weights = arguments.half_weights == "auto"
-    rows = [
-        row
-        for case in form.cases
-        for row in compared(case, device, form.precision, arguments.repetitions, half_weights=half_weights)
-    ]
-    large = (
-        [
-            within_budget(
-                form.large,
-                device,
-                form.precision,
-                arguments.budget_gib,
-                arguments.steps,
-                half_weights=half_weights,
-            )
-        ]
-        if arguments.steps
-        else []
-    )
-    report(
-        "accumulation",
-        rows,
-        device=gpu(torch.cuda.get_device_name()) if device == "cuda" else cores(),
-        more={"A batch that does not fit at once": large} if large else None,
-    )
+    where = gpu(torch.cuda.get_device_name()) if device == "cuda" else cores()
+    rows: list[Columns] = []
+    for case in form.cases:
+        rows += compared(case, device, form.precision, arguments.repetitions, half_weights=half_weights)
+        # After each model: the next takes minutes, and what is known by then is kept.
+        report("accumulation", rows, device=where)
+    if arguments.steps:
+        large = within_budget(
+            form.large,
+            device,
+            form.precision,
+            arguments.budget_gib,
+            arguments.steps,
+            half_weights=half_weights,
+        )
+        report("accumulation", rows, device=where, more={"A batch that does not fit at once": [large]})
 
 
 if __name__ == "__main__":

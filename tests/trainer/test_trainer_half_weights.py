@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cliptune_model.acceleration.compiled import compile_towers
 from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.choice import Choice
-from cliptune_model.clip import Clip
+from cliptune_model.clip import Clip, build
+from cliptune_model.source import ModelSource
 from cliptune_trainer.losses.objective import Objective
 from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.steps import half_weights
@@ -248,6 +249,30 @@ def test_stand_ins_take_no_more_memory_than_autocasts_own_casts() -> None:
     )
     assert waiting < half_weights._WAITING_BYTES
     assert peak_bytes(halves_of(clip)) <= peak_bytes(None) + waiting
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_cuda_gradients_are_those_of_autocast_without_a_wait_and_compiled_ones_as_near() -> None:
+    settings = Precision("bf16", "cuda")
+    clip = build(ModelSource(name="cliptune-test-vit"), device="cuda", seed=1)
+    clip.model.train()
+    make_lean(clip, choose_lean(clip))
+    halves = halves_of(clip, settings)
+    wanted = gradient(clip, None, settings)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with halves.standing_in():
+            pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_equal(gradient(clip, halves, settings), wanted)
+    compile_towers(clip, Choice(subject="compile", value="on", reason="a test"))
+    compiled, found = gradient(clip, None, settings), gradient(clip, halves, settings)
+    # The compiler may leave out a rounding between two operations: as far as it goes either way.
+    largest = max(float(value.norm()) for value in wanted.values())
+    for name, value in wanted.items():
+        apart = float((compiled[name] - value).norm())
+        assert float((found[name] - compiled[name]).norm()) <= 2 * apart + 1e-3 * largest, name
 
 
 @pytest.mark.parametrize(
