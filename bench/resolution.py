@@ -4,9 +4,9 @@
 
 FOLDER holds the tar scientific_nuclei; solar cells come from the package elpv-dataset. Every run starts from
 the same model and sees the same rows, captions, batches, epochs and steps, by its domain's recipe; a seed
-sets order and augmentation, and what sizes are drawn. `fixed` trains at the model's own size; `progressive` and
-`multi_scale` as a job does that names the schedule and nothing else. Runs go one after another: their times
-are compared.
+sets order and augmentation, and what sizes are drawn. `fixed` trains at the model's own size; `progressive`
+and `multi_scale` as a job does that names the schedule and nothing else. Runs go one after another: their
+times are compared.
 
 Figures are the metric that the domain's recipe says counts, of images of the test split, which neither
 training nor a choice saw: at the model's own size, and at each size of the sweep, from a half of it to one

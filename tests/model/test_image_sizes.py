@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliptune.errors import ImageSizeError, InvalidInputError, SpecError
+from cliptune_model.acceleration.compiled import GRAPH_LIMIT, Pass, compile_towers
 from cliptune_model.acceleration.lean import choose_lean, make_lean
 from cliptune_model.attention import image_tokens
+from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
 from cliptune_model.image_sizes import ProvenSize, asked_size, best_within, fitted
@@ -162,6 +165,21 @@ def test_lean_towers_take_any_size_too() -> None:
     with torch.inference_mode():
         pixels = images(48, 64)
         assert (clip.encode_images(pixels) - lean.encode_images(pixels)).abs().max() <= 1e-5
+
+
+def test_compiled_towers_have_a_graph_for_each_size_and_the_same_results() -> None:
+    clip, compiled = clip_of("vit"), clip_of("vit")
+    compilation = compile_towers(
+        compiled, Choice(subject="compile", value="on", reason="a test"), backend="eager", image_sizes=2
+    )
+    assert compilation.limit > GRAPH_LIMIT
+    passes = [Pass(tokens=0, rows=2, with_graph=True, size=(side, side)) for side in (32, 48)]
+    compilation.warm_up(passes, nullcontext)
+    assert compilation.graphs == 2
+    for side in (32, 48):
+        pixels = images(side, side)
+        assert (compiled.encode_images(pixels) - clip.encode_images(pixels)).abs().max() <= 1e-5
+    assert compilation.graphs == 2
 
 
 def test_a_clip_at_another_size_shares_its_weights_and_brings_images_to_that_size() -> None:

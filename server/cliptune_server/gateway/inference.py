@@ -66,6 +66,7 @@ async def embed_images(
     images: Annotated[list[UploadFile], File(description="One or several image files.")],
     model: Annotated[str, Form(description="NAME, NAME:VERSION or NAME@ALIAS. Empty: the only one.")] = "",
     encoding_format: Annotated[forms.Encoding, Form()] = "float",
+    resolution: Annotated[str, Form(description="As in /v1/embeddings.", max_length=16)] = "",
 ) -> Response:
     """The same answer as /v1/embeddings, for files: `curl -F images=@a.jpg -F images=@b.jpg`."""
     read = [tensor_pb2.Image(encoded=await upload.read()) for upload in images]
@@ -76,6 +77,7 @@ async def embed_images(
             model,
             inputs,
             encoding_format,
+            resolution=resolution,
             timeout_s=timeout_of(request),
             bulk=bulk_of(request),
         )
@@ -153,6 +155,7 @@ _CLASSIFY_BODY: Final[dict[str, Any]] = {
                         "examples": [_EXAMPLE_CLASSES],
                     },
                     "model": {"type": "string", "default": ""},
+                    "resolution": {"type": "string", "default": ""},
                 },
             }
         },
@@ -203,13 +206,15 @@ async def _classify_json(request: Request) -> inference_pb2.ClassifyRequest:
 async def _classify_form(request: Request) -> inference_pb2.ClassifyRequest:
     async with request.form() as form:
         uploads = form.getlist("images")
-        classes, model = form.get("classes"), form.get("model", "")
+        classes, model, resolution = (form.get("classes"), form.get("model", ""), form.get("resolution", ""))
         if not isinstance(classes, str):
             raise InvalidInputError(
                 f"the form needs a field `classes` with JSON, such as {_EXAMPLE_CLASSES}", path="classes"
             )
         if not isinstance(model, str):
             raise InvalidInputError("`model` is a name, not a file", path="model")
+        if not isinstance(resolution, str):
+            raise InvalidInputError("`resolution` is a size, not a file", path="resolution")
         images = []
         for i, upload in enumerate(uploads):
             if not isinstance(upload, UploadedFile):
@@ -220,4 +225,6 @@ async def _classify_form(request: Request) -> inference_pb2.ClassifyRequest:
     except ValidationError as error:
         places = [{**each, "loc": ("classes", *each["loc"])} for each in error.errors()]
         raise invalid(places, f"; the field is JSON, such as {_EXAMPLE_CLASSES}") from None
-    return inference_pb2.ClassifyRequest(model=model, images=images, classes=forms.class_messages(parsed))
+    return inference_pb2.ClassifyRequest(
+        model=model, images=images, classes=forms.class_messages(parsed), resolution=resolution
+    )
