@@ -51,6 +51,7 @@ def test_an_adapter_is_trained_published_by_itself_and_served_beside_its_base(
             "adapter": {"kind": "lora"},
             "publish": {"form": "adapter"},
             "guard": {"off": True},
+            "evaluation": {"bootstrap_samples": 0},
             "resources": {"device": "cpu", "threads": 1},
         }
     )
