@@ -23,6 +23,7 @@ from cliptune_trainer.steps import half_weights
 from cliptune_trainer.steps.accumulation import accumulate
 from cliptune_trainer.steps.checkpointing import enable_checkpointing
 from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
+from cliptune_trainer.steps.larger_parts import passes_of
 from cliptune_trainer.steps.optim import build_optimizer
 from cliptune_trainer.steps.precision import Precision
 from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
@@ -99,6 +100,20 @@ def test_compiled_blocks_give_the_same_gradients_too() -> None:
     assert graphs < more <= 2 * graphs, "a graph of its own for each pass, once"
     assert_equal(gradient(clip, halves), wanted)
     assert (compilation.graphs, compilation.choice.value) == (more, "on")
+
+
+def test_a_warm_up_among_the_stand_ins_compiles_all_that_the_step_needs() -> None:
+    clip = small_clip("vit")
+    make_lean(clip, choose_lean(clip))
+    compilation = compile_towers(
+        clip, Choice(subject="compile", value="on", reason="a test"), backend="eager"
+    )
+    halves = halves_of(clip)
+    with halves.standing_in():
+        compilation.warm_up(passes_of(clip, ROWS, PART, 16), BF16.autocast)
+    graphs = compilation.graphs
+    gradient(clip, halves)
+    assert compilation.graphs == graphs > 0
 
 
 def test_gradients_that_are_added_while_the_backward_pass_goes_on_are_the_same(
