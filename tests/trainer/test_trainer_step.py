@@ -203,9 +203,9 @@ def test_out_of_memory_in_the_very_first_step_leaves_no_trace(clip: Clip) -> Non
 
 def test_other_errors_of_a_step_stay_what_they_are(clip: Clip) -> None:
     step, _ = make(clip)
-    short = batch(clip)
-    with pytest.raises(RuntimeError, match=r"shape|size"):
-        step(replace(short, images_B3HW=short.images_B3HW[:, :, :17]), 1e-3)
+    wrong = batch(clip)
+    with pytest.raises(RuntimeError, match="channels"):
+        step(replace(wrong, images_B3HW=wrong.images_B3HW[:, :2]), 1e-3)
 
 
 class HostReads(TorchDispatchMode):
