@@ -12,7 +12,7 @@ import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from multiprocessing import get_context
@@ -27,6 +27,7 @@ from bench.record import gpu
 from cliptune.domains import recipe
 from cliptune.spec import spec_from_mapping
 from cliptune_model.clip import Clip, build
+from cliptune_model.exported import read_manifest
 from cliptune_model.machine.hardware import host
 from cliptune_model.machine.policy import prepare_process
 from cliptune_model.source import ModelSource
@@ -39,7 +40,7 @@ from cliptune_trainer.job import JobFolder
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.reporting.journal import Journal
-from cliptune_trainer.spec import ClassConfig, EvaluationConfig, Spec, from_proto
+from cliptune_trainer.spec import ClassConfig, DataConfig, EvaluationConfig, Spec, from_proto
 from cliptune_trainer.spec.evaluation import DEFAULT_TEMPLATES
 from cliptune_trainer.training.run import run
 
@@ -53,12 +54,14 @@ _T_95: Final = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """One run: a set, what the spec says beyond the data, and whose run it is."""
+    """One run: a set, what the spec says beyond the data, and whose run it is. `general`: tables of general
+    pairs by name, which the model is asked about beside the set's test split."""
 
     subject: DomainSet
     arm: str
     spec: Mapping[str, Any]
     device: str
+    general: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -78,6 +81,8 @@ class Judged:
         steps: of the run.
         step_s: seconds of a step, the median; NaN of a single step.
         train_s: seconds from the first step's end to the last's.
+        general: name of a table of the `Work` → metrics on it.
+        share: of the way from the starting weights to the trained ones that was published; 1: no guard chose.
     """
 
     arm: str
@@ -89,6 +94,8 @@ class Judged:
     steps: int
     step_s: float
     train_s: float
+    general: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    share: float = 1.0
 
 
 def merged(*parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +120,8 @@ def budget(model: str, device: str, *, epochs: int, seed: int, threads: int | No
         # Nothing is chosen on validation rows, so they are looked at before and after only.
         "evaluation": {"every_epochs": 0, "bootstrap_samples": 0},
         "checkpoint": {"every_steps": _NEVER, "keep": 1},
+        # What is compared is what training makes of the weights, all of it.
+        "guard": {"off": True},
         "resources": resources,
     }
 
@@ -144,6 +153,8 @@ def train(work: Work) -> Judged:
             steps=len(times),
             step_s=median(later - sooner for sooner, later in pairwise(times)) if times[1:] else math.nan,
             train_s=times[-1] - times[0],
+            general=general(clip, work.general),
+            share=read_manifest(job.export).guard.get("share", 1.0),
         )
 
 
@@ -162,20 +173,34 @@ def test(clip: Clip, subject: DomainSet, spec: Spec) -> dict[tuple[str, str], Ma
         PLAIN: DEFAULT_TEMPLATES,
     }
     return {
-        (question.column, prompts): _asked(clip, subject, spec, question, said).metrics
+        (question.column, prompts): asked(clip, subject, spec, question, said).metrics
         for question in subject.about.questions
         for prompts, said in templates.items()
     }
 
 
-def _asked(
+def general(clip: Clip, tables: Mapping[str, Path]) -> dict[str, Mapping[str, float]]:
+    """Retrieval on tables of general pairs, all rows of each."""
+    return {
+        name: evaluate(
+            clip,
+            Pairs(read_table(str(path), DataConfig(train=str(path)), DataRoots()).pairs),
+            (),
+            batch_size=256,
+        ).metrics
+        for name, path in tables.items()
+    }
+
+
+def asked(
     clip: Clip, subject: DomainSet, spec: Spec, question: Question, templates: tuple[str, ...]
 ) -> Measurement:
-    asked = spec_from_mapping(
+    """One question of the set, in the words of these prompts, over the test split."""
+    message = spec_from_mapping(
         merged(subject.spec(), {"model": {"name": "any"}, "data": {"label_column": question.column}})
     )
-    asked.data.split_column = ""
-    config = from_proto(asked).data
+    message.data.split_column = ""
+    config = from_proto(message).data
     table = read_table(str(subject.folder / TEST), config, DataRoots())
     wording = EvaluationConfig(prompt_templates=templates, label_names=question.names)
     classes = [ClassConfig(label=label, prompts=wording.prompts_of(label)) for label in question.names]

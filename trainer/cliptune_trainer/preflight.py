@@ -136,6 +136,8 @@ def _plan(
         epochs = decisions.total_steps // decisions.steps_per_epoch
         every = spec.evaluation.every_epochs
         evaluations = 2 + (max(epochs - 1, 0) // every if every else 0) if len(dataset.validation) else 0
+        if evaluations and any((one.subject, one.value) == ("guard", "on") for one in decisions.choices):
+            evaluations += len(spec.guard.points) + 2  # the ends are measured with the others
         images = len(set(dataset.validation.image_ids.tolist()))
         evaluation_s = step_s * _FORWARD_SHARE * images / decisions.batch_size
         share = decisions.sizes.mean(math.prod) / math.prod(executions.largest)
