@@ -35,15 +35,15 @@ import torch
 from bench.domain_sets import DomainSet, lay_ready
 from bench.record import Columns, Result, tables
 from bench.trained import (
-    RECIPE,
     arguments_of,
+    asked,
     budget,
     device_name,
     merged,
     plus_minus,
     recipe_metric,
-    test,
 )
+from cliptune.domains import recipe
 from cliptune_model.clip import Clip, build
 from cliptune_model.image_sizes import fitted
 from cliptune_model.machine.hardware import host
@@ -117,9 +117,11 @@ def trained(subject: DomainSet, side: str, seed: int, *, model: str, device: str
             for event in events
             if "progress" in event.get("event", {})
         ]
-        metric, column = recipe_metric(subject), subject.about.questions[0].column
+        metric, question = recipe_metric(subject), subject.about.questions[0]
+        prompts = tuple(recipe(subject.about.domain).evaluation.prompt_templates)
         by_size = {
-            at.image_size[0]: test(at, subject, job.spec())[column, RECIPE][metric] for at in sweep(clip)
+            at.image_size[0]: asked(at, subject, job.spec(), question, prompts).metrics[metric]
+            for at in sweep(clip)
         }
         return Trained(
             subject=subject.name,
