@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument(
         "model",
-        help="a published model (NAME, NAME:VERSION, NAME@ALIAS), a folder, hf-hub:ORG/REPO, or a name as in a"
-        " spec",
+        help="a published model (NAME, NAME:VERSION, NAME@ALIAS), a folder, hf-hub:ORG/REPO, or a name as in"
+        " a spec",
     )
     parser.add_argument(
         "--data", metavar="FILE", help="rows to measure on, as data.train of a spec; all of them"
