@@ -91,7 +91,7 @@ class FeatureCache:
         self._leaf_ND.requires_grad_(last_bD.requires_grad)
         return torch.cat([self._leaf_ND, last_bD])
 
-    def replay(self, precision: Precision, collect: Callable[[], None]) -> None:
+    def replay(self, precision: Precision, collect: Callable[[], None] = lambda: None) -> None:
         """After the loss's backward pass: the early parts again, each with its gradient. Inside autocast.
 
         `collect` is called after each.
