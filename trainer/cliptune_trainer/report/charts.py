@@ -15,6 +15,8 @@ _WIDTH: Final = 420
 _HEIGHT: Final = 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 26, 34
 _TICKS: Final = 4
+# A page's styles go over these; what reads no styles has them.
+_COLOURS: Final = ("#2f6db3", "#c04f37")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,30 +54,40 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
 
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">',
-        f'<text class="title" x="{_LEFT}" y="15">{escape(title)}</text>',
-        f'<text class="axis" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">',
+        f'<text class="title" font-size="11" x="{_LEFT}" y="15">{escape(title)}</text>',
+        f'<text class="axis" font-size="10" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">',
         f"{escape(x_label)}</text>",
     ]
     for tick in range(_TICKS + 1):
         x, y = x_low + tick / _TICKS * (x_high - x_low), y_low + tick / _TICKS * (y_high - y_low)
         across, up = place(x, y)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up:.1f}" y2="{up:.1f}"/>')
         parts.append(
-            f'<text class="axis" x="{_LEFT - 5}" y="{up + 3:.1f}" text-anchor="end">{_short(y)}</text>'
+            f'<line class="grid" stroke="#d9dee7" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}"'
+            f' y1="{up:.1f}" y2="{up:.1f}"/>'
         )
         parts.append(
-            f'<text class="axis" x="{across:.1f}" y="{_HEIGHT - _BOTTOM + 13}" text-anchor="middle">'
+            f'<text class="axis" font-size="10" x="{_LEFT - 5}" y="{up + 3:.1f}" text-anchor="end">'
+            f"{_short(y)}</text>"
+        )
+        parts.append(
+            f'<text class="axis" font-size="10" x="{across:.1f}" y="{_HEIGHT - _BOTTOM + 13}"'
+            f' text-anchor="middle">'
             f"{_short(x)}</text>"
         )
     for number, line in enumerate(kept):
         placed = [place(x, y) for x, y in line.points]
+        colour = _COLOURS[number % len(_COLOURS)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        parts.append(f'<polyline class="line c{number}" points="{path}"/>')
+        parts.append(f'<polyline class="line c{number}" fill="none" stroke="{colour}" points="{path}"/>')
         if line.marks or len(placed) == 1:
-            parts += [f'<circle class="dot c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed]
+            parts += [
+                f'<circle class="dot c{number}" fill="{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+                for x, y in placed
+            ]
         if len(kept) > 1:
             parts.append(
-                f'<text class="key c{number}" x="{_WIDTH - _RIGHT}" y="{15 + 12 * number}" text-anchor="end">'
+                f'<text class="key c{number}" font-size="11" fill="{colour}" x="{_WIDTH - _RIGHT}"'
+                f' y="{15 + 12 * number}" text-anchor="end">'
                 f"{escape(line.name)}</text>"
             )
     return "".join([*parts, "</svg>"])
