@@ -36,7 +36,7 @@ from cliptune_model.towers.text_tower import encode_text
 from cliptune_model.towers.trimming import TextTrim
 
 if TYPE_CHECKING:
-    from cliptune_model.adapters.attach import Attached
+    from cliptune_model.adapters.attached import Attached
 
 # What open_clip, torch and safetensors raise on configurations and weights that are damaged or do not fit.
 _BAD_WEIGHTS: Final = (

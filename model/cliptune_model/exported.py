@@ -40,8 +40,8 @@ from cliptune_model.adapters import (
     write_adapter,
 )
 from cliptune_model.clip import Clip, build
-from cliptune_model.image_sizes import ProvenSize
 from cliptune_model.manifest import FORMAT_VERSION, MANIFEST_FILE, SIMILARITY_FILE, Manifest, read_manifest
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_model.similarity import DEFAULT
 from cliptune_model.source import CONFIG_FILE, LOCAL_DIR, ModelSource
 

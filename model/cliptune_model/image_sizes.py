@@ -8,47 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 from cliptune.errors import InvalidInputError
+from cliptune_model.proven_sizes import WORDS, ProvenSize, Size, chosen_size, told
 from cliptune_model.towers.image_tower import image_tower
 
 if TYPE_CHECKING:
     from cliptune_model.clip import Clip
 
-Size: TypeAlias = tuple[int, int]  # height, width in pixels
-
 LARGEST_SIDE: Final = 4096
-WORDS: Final = ("fast", "balanced", "best")
-# Of the best size's metric, that "balanced" is content with.
-_BALANCED_SHARE: Final = 0.98
 _PIXELS: Final = re.compile(r"\d{1,5}(x\d{1,5})?")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ProvenSize:
-    """A size that a model was measured at. Plain JSON in the manifest.
-
-    Attributes:
-        height, width: in pixels.
-        value: of the main metric; more is better.
-        images_per_second: through the image tower, in batches.
-        latency_ms: one image through the image tower.
-        memory_bytes: weights and the tensors of a batch at their peak.
-    """
-
-    height: int
-    width: int
-    value: float
-    images_per_second: float
-    latency_ms: float
-    memory_bytes: int
-
-    @property
-    def size(self) -> Size:
-        """(height, width)."""
-        return self.height, self.width
 
 
 def fitted(clip: Clip, size: Size, *, exact: bool = False, path: str = "resolution") -> Size:
@@ -101,29 +71,6 @@ def asked_size(clip: Clip, wanted: str, proven: Sequence[ProvenSize], usual: Siz
         )
     height, _, width = wanted.partition("x")
     return fitted(clip, (int(height), int(width or height)))
-
-
-def chosen_size(word: str, proven: Sequence[ProvenSize], usual: Size) -> Size:
-    """Of the proven sizes: "best" has the highest metric; "fast" is the quickest; "balanced" the quickest
-    whose metric is within 2 % of the best. `usual` where nothing was measured."""
-    if not proven:
-        return usual
-    best = max(proven, key=lambda one: (one.value, one.images_per_second))
-    if word == "best":
-        return best.size
-    enough = [one for one in proven if word == "fast" or one.value >= _BALANCED_SHARE * best.value]
-    return max(enough or [best], key=lambda one: one.images_per_second).size
-
-
-def best_within(proven: Sequence[ProvenSize], budget_ms: float) -> ProvenSize | None:
-    """The size with the highest metric whose latency keeps to the budget (0: any); None: there is none."""
-    possible = [one for one in proven if not budget_ms or one.latency_ms <= budget_ms]
-    return max(possible, key=lambda one: (one.value, -one.latency_ms), default=None)
-
-
-def told(size: Size) -> str:
-    """For a person: "224", or "224x320"."""
-    return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"
 
 
 def _nearest(side: int, step: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from cliptune.errors import InvalidInputError, ModelNotFoundError
-from cliptune_model.image_sizes import ProvenSize
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_model.similarity import DEFAULT
 
 FORMAT_VERSION: Final = 2  # 1: the similarity is always the cosine

@@ -23,7 +23,8 @@ from cliptune_model.attention import image_tokens
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
-from cliptune_model.image_sizes import ProvenSize, asked_size, best_within, fitted
+from cliptune_model.image_sizes import asked_size, fitted
+from cliptune_model.proven_sizes import ProvenSize, best_within
 from cliptune_model.source import ModelSource
 from cliptune_model.towers.image_tower import image_tower
 from cliptune_model.towers.patch_size import resized_patches

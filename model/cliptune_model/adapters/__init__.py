@@ -5,7 +5,8 @@ the adapter's files, or a model with the adapter in its weights. Called by the t
 the engine, and by the command `cliptune adapters`.
 """
 
-from cliptune_model.adapters.attach import Attached, attach, base_state, merged_state
+from cliptune_model.adapters.attach import attach, base_state, merged_state
+from cliptune_model.adapters.attached import Attached
 from cliptune_model.adapters.config import (
     BOTTLENECK,
     BOTTLENECK_TARGETS,

@@ -8,13 +8,14 @@ which puts a trained adapter over its base. What is merged is computed in fp64 a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
 
 from cliptune.errors import ConflictError, SpecError
+from cliptune_model.adapters.attached import Attached, Layer
 from cliptune_model.adapters.config import TARGETS, AdapterConfig
 from cliptune_model.adapters.hosts import (
     HOSTS,
@@ -25,7 +26,7 @@ from cliptune_model.adapters.hosts import (
     is_host,
 )
 from cliptune_model.adapters.identity import BaseIdentity
-from cliptune_model.adapters.layers import Layer, find_layers, is_image_layer
+from cliptune_model.adapters.layers import find_layers, is_image_layer
 from cliptune_model.adapters.paths import LowRank, path_for
 from cliptune_model.attention import uninstall
 from cliptune_model.clip import Clip
@@ -33,21 +34,6 @@ from cliptune_model.clip import Clip
 # Trained beside every adapter, and kept in its file.
 SCALES: Final = ("logit_scale", "logit_bias")
 _PART: Final = ".adapter."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Attached:
-    """The adapter that a `Clip` carries.
-
-    Attributes:
-        config: of it.
-        base: the model without it.
-        layers: those that carry it.
-    """
-
-    config: AdapterConfig
-    base: BaseIdentity
-    layers: tuple[Layer, ...]
 
 
 def attach(

@@ -29,17 +29,10 @@ from cliptune.errors import (
     ModelDamagedError,
     ModelNotFoundError,
 )
-from cliptune_model.adapters.attach import (
-    SCALES,
-    Attached,
-    adapter_tensors,
-    base_state,
-    load_adapter,
-    put_in,
-)
+from cliptune_model.adapters.attach import SCALES, adapter_tensors, base_state, load_adapter, put_in
+from cliptune_model.adapters.attached import Attached, Layer
 from cliptune_model.adapters.config import AdapterConfig
 from cliptune_model.adapters.identity import BaseIdentity, digest
-from cliptune_model.adapters.layers import Layer
 from cliptune_model.adapters.sharing import SharedBase
 from cliptune_model.chosen_similarity import build_similarity
 from cliptune_model.clip import Clip, build

@@ -11,14 +11,13 @@ pool of open_clip's ResNets), where an addition would be silently without effect
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import nn
 
-from cliptune_model.adapters.config import LORA, AdapterConfig
-from cliptune_model.adapters.hosts import HOSTS, Slices, is_host
+from cliptune_model.adapters.attached import Layer
+from cliptune_model.adapters.hosts import HOSTS, is_host
 from cliptune_model.clip import Clip
 
 _FUSED: Final = {"qkv": "qkv", "Wqkv": "qkv", "in_proj": "qkv", "kv": "kv"}
@@ -32,30 +31,6 @@ _MLPS: Final = frozenset({"mlp", "ffn", "feed_forward", "intermediate"})
 _ATTENTION: Final = "att"  # in attn, self_attn, attention, attn_pool, attnpool
 _LAST_OF_MLP: Final = frozenset({"c_proj", "fc2", "w3", "down_proj", "wo"})
 _IMAGE: Final = "visual."
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
-    """A layer that can carry adapters.
-
-    Attributes:
-        name: of the module.
-        targets: of `config.TARGETS`, in the order of its outputs.
-        slices: of a fused projection that is one linear layer.
-        ends: it gives the tower's width, so that a bottleneck may follow.
-    """
-
-    name: str
-    targets: tuple[str, ...]
-    slices: Slices
-    ends: bool
-
-    def wanted(self, config: AdapterConfig) -> tuple[str, ...]:
-        """Those of its targets that the adapter is for."""
-        asked = [one for one in self.targets if not config.targets or one in config.targets]
-        if config.kind == LORA:
-            return tuple(asked)
-        return tuple(one for one in asked if one == "o" or (one == "mlp" and self.ends))
 
 
 def find_layers(clip: Clip) -> list[Layer]:

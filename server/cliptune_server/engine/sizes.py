@@ -15,7 +15,8 @@ from typing import Final
 from cliptune.errors import InvalidInputError
 from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
-from cliptune_model.image_sizes import ProvenSize, Size, asked_size, told
+from cliptune_model.image_sizes import asked_size
+from cliptune_model.proven_sizes import ProvenSize, Size, told
 
 # A caller's sides reach so far beyond the largest side that the model was trained or measured at: attention
 # costs the fourth power of it.

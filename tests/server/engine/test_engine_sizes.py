@@ -17,8 +17,8 @@ from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.exported import export_model, manifest_of
-from cliptune_model.image_sizes import ProvenSize
 from cliptune_model.pixels import decode_image
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
 from tests.support import images
 from tests.support.models import build_test_clip

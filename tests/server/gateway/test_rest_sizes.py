@@ -14,7 +14,7 @@ import pytest
 from cliptune import AsyncClient, Client, ProvenSize
 from cliptune.errors import InvalidInputError
 from cliptune_model.exported import export_model, manifest_of
-from cliptune_model.image_sizes import ProvenSize as Proven
+from cliptune_model.proven_sizes import ProvenSize as Proven
 from cliptune_server.catalog.model_files import ModelFiles
 from tests.support import images
 from tests.support.daemon import RunningDaemon, running_daemon

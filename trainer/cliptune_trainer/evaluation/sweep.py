@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from cliptune.sweep import ResolutionSweep, SizeResult
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import ProvenSize, Size
+from cliptune_model.proven_sizes import ProvenSize, Size
 from cliptune_trainer.evaluation.degrade import DEGRADATIONS, Degrade
 from cliptune_trainer.evaluation.embedding import evaluation_mode
 from cliptune_trainer.evaluation.measurement import Measurement

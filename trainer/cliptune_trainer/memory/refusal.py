@@ -14,9 +14,10 @@ import open_clip
 
 from cliptune_model.attention import image_tokens
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import Size, fitted
-from cliptune_model.image_sizes import told as told_size
+from cliptune_model.image_sizes import fitted
 from cliptune_model.machine.workload import Tower, Workload
+from cliptune_model.proven_sizes import Size
+from cliptune_model.proven_sizes import told as told_size
 from cliptune_model.towers.image_tower import image_tower
 from cliptune_trainer.memory.estimate import OVERHEAD
 from cliptune_trainer.memory.plan import Demand, Way, gib

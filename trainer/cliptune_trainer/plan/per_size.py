@@ -14,7 +14,7 @@ from typing import Any
 
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import Size, told
+from cliptune_model.proven_sizes import Size, told
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.resolution.schedule import SizeSchedule

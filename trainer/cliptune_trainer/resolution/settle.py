@@ -16,7 +16,8 @@ from typing import Final
 
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import Size, fitted, told
+from cliptune_model.image_sizes import fitted
+from cliptune_model.proven_sizes import Size, told
 from cliptune_model.towers.image_tower import image_tower
 from cliptune_trainer.image.augment import Augmentation
 from cliptune_trainer.remark import Remark

@@ -13,7 +13,7 @@ from cliptune.metric_names import ACCURACY
 from cliptune.sweep import ResolutionSweep
 from cliptune.tracing import tracer
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import ProvenSize
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.evaluation.confusion_picture import draw_confusion
 from cliptune_trainer.evaluation.degrade import Degrade

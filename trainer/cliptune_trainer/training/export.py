@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from cliptune_model.clip import Clip
 from cliptune_model.exported import export_model, manifest_of
-from cliptune_model.image_sizes import ProvenSize, Size
+from cliptune_model.proven_sizes import ProvenSize, Size
 from cliptune_trainer.job import JobFolder
 
 

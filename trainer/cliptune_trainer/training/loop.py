@@ -24,7 +24,7 @@ from cliptune.errors import (
 from cliptune.internal.v1 import trainer_pb2
 from cliptune.tracing import tracer
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import ProvenSize
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_trainer.data.dataset import Dataset
 from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair

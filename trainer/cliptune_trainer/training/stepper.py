@@ -22,7 +22,7 @@ from cliptune_model.acceleration.compiled import compile_towers
 from cliptune_model.acceleration.lean import make_lean
 from cliptune_model.attention import install
 from cliptune_model.clip import Clip
-from cliptune_model.image_sizes import told
+from cliptune_model.proven_sizes import told
 from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.temperature import hold
 from cliptune_trainer.memory.limit import limit_process
