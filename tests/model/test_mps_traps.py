@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cliptune_model.acceleration.folded import fold
+from cliptune_model.acceleration.lean import choose_lean
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import export_model, manifest_of
 from cliptune_model.source import CONFIG_FOLDER, ModelSource
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "model").rglob("*.py")) + sorted((ROOT / "trainer").rglob("*.py"))
+CPU_ALONE = {"folded.py", "folded_blocks.py", "lean_blocks.py"}
 
 
 class Devices(TorchDispatchMode):
@@ -68,12 +73,24 @@ def test_trap_6_nothing_in_the_sources_uses_what_is_wrong_on_mps() -> None:
     """Channels-last, is_causal=True and baddbmm with beta=0, in calls. What CUDA alone uses says so there."""
     found = []
     for path in SOURCES:
+        wrong = {"baddbmm", "baddbmm_"} | (set() if path.name in CPU_ALONE else {"channels_last"})
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and node.attr in ("channels_last", "baddbmm", "baddbmm_"):
+            if isinstance(node, ast.Attribute) and node.attr in wrong:
                 found.append(f"{path.name}:{node.lineno} {node.attr}")
             if isinstance(node, ast.keyword) and ast.unparse(node) == "is_causal=True":
                 found.append(f"{path.name}:{node.value.lineno} is_causal=True")
     assert not found
+
+
+def test_trap_6_what_lies_channels_last_is_chosen_on_the_cpu_alone() -> None:
+    on_cpu = build(ModelSource(name="cliptune-mini"))
+    elsewhere = dataclasses.replace(on_cpu, model=copy.deepcopy(on_cpu.model).to("meta"))
+    assert "layout" in choose_lean(on_cpu).value
+    assert fold(on_cpu)[1].value == "on"
+    assert "layout" not in choose_lean(elsewhere).value
+    left, choice = fold(elsewhere)
+    assert left is elsewhere
+    assert choice.value == "off"
 
 
 def test_trap_7_position_embeddings_are_resized_on_the_cpu_in_fp32_whatever_the_device(

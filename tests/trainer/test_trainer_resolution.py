@@ -229,7 +229,7 @@ def test_more_sizes_than_steps_are_refused(clip: Clip) -> None:
 
 def test_images_that_cannot_fit_are_refused_in_preparation_with_a_size_that_would(make_job: MakeJob) -> None:
     job = make_job(
-        train={"resolution": {"sizes": [2048]}, "micro_batch_size": 8}, resources={"memory_gib": 0.25}
+        train={"resolution": {"sizes": [2048]}, "micro_batch_size": 8}, resources={"memory_gib": 0.2}
     )
     with pytest.raises(InvalidInputError, match=r"What would fit: .*images of \d+ pixels"):
         prepared(job)
@@ -260,7 +260,7 @@ def test_a_loader_gives_every_step_its_size_also_from_other_processes(tiles: Pat
 def test_the_plan_has_a_micro_batch_for_every_size_and_one_contrastive_batch(make_job: MakeJob) -> None:
     job = make_job(
         train={"resolution": {"schedule": "progressive", "sizes": [32, 256]}, "batch_size": 32, "epochs": 2},
-        resources={"memory_gib": 0.25},
+        resources={"memory_gib": 0.2},
     )
     plan = prepared(job)
     chosen = {decision.subject: decision.choice for decision in plan.decisions}
