@@ -12,7 +12,8 @@ Figures are the metric that the domain's recipe says counts, of images of the te
 training nor a choice saw: at the model's own size, and at each size of the sweep, from a half of it to one
 and a half; "worst size" is the lowest of these. Mean over seeds, in percent, and how far the 95 % interval
 (Student's t) reaches; "more than fixed" is of the runs in pairs, seed by seed. "times faster" is the fixed
-run's time from the first step's end to the last's, over the schedule's.
+run's time from the first step's end to the last's, over the schedule's: on the CPU, of the processor, which
+other work on the machine hardly changes (with --threads 1, so that no thread waits for another).
 
 A switch of the size is what a pass at another size costs beside its own work: positions for the grid, put in
 and taken out; the first time, with the matrices that are kept, and afterwards.
@@ -23,9 +24,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Final
@@ -44,6 +44,7 @@ from bench.trained import (
     recipe_metric,
 )
 from cliptune.domains import recipe
+from cliptune.v1 import job_pb2
 from cliptune_model.clip import Clip, build
 from cliptune_model.image_sizes import fitted
 from cliptune_model.machine.hardware import host
@@ -69,6 +70,20 @@ _SWITCHED: Final = ("cliptune-mini-vit", "ViT-B-16")
 _REPEATS: Final = 50
 
 
+class Watch(Reporter):
+    """A job's reporter that keeps the time of every step's end, in seconds."""
+
+    def __init__(self, journal: Journal, clock: Callable[[], float]) -> None:
+        super().__init__(journal)
+        self._clock: Final = clock
+        self.times_s: Final[list[float]] = []
+
+    def progress(self, progress: job_pb2.Progress) -> None:
+        """Passes it on."""
+        self.times_s.append(self._clock())
+        super().progress(progress)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
     """What came of one run: seconds, and the metric on the test split by side of the image."""
@@ -87,12 +102,14 @@ class Trained:
         return min(self.by_size.values())
 
 
-def trained(subject: DomainSet, side: str, seed: int, *, model: str, device: str, epochs: int) -> Trained:
+def trained(
+    subject: DomainSet, side: str, seed: int, *, model: str, device: str, epochs: int, threads: int | None
+) -> Trained:
     """Runs a job as the daemon's trainer does, and measures its export at every size."""
     schedule = {} if side == FIXED else {"resolution": {"schedule": side}}
     spec = merged(
         subject.spec(),
-        budget(model, device, epochs=epochs, seed=seed),
+        budget(model, device, epochs=epochs, seed=seed, threads=threads),
         {
             "domain": subject.about.domain,
             "train": schedule,
@@ -103,20 +120,15 @@ def trained(subject: DomainSet, side: str, seed: int, *, model: str, device: str
         job = JobFolder(Path(folder))
         (job.path / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
         journal = Journal(job.journal(1), 1)
+        watch = Watch(journal, time.process_time if device == "cpu" else time.perf_counter)
         prepare_process(device, host())
         try:
-            ending = run(job, (), Reporter(journal), Inbox(), linked=False)
+            ending = run(job, (), watch, Inbox(), linked=False)
         finally:
             journal.close()
         if not ending.export_path:
             raise RuntimeError(f"{side} on {subject.name} left no model")
         clip = build(ModelSource(name=f"local-dir:{job.export}"), device=device)
-        events = [json.loads(line) for line in job.journal(1).read_text(encoding="utf-8").splitlines()]
-        times = [
-            datetime.fromisoformat(event["time"]).timestamp()
-            for event in events
-            if "progress" in event.get("event", {})
-        ]
         metric, question = recipe_metric(subject), subject.about.questions[0]
         prompts = tuple(recipe(subject.about.domain).evaluation.prompt_templates)
         by_size = {
@@ -127,8 +139,8 @@ def trained(subject: DomainSet, side: str, seed: int, *, model: str, device: str
             subject=subject.name,
             side=side,
             seed=seed,
-            train_s=times[-1] - times[0],
-            steps=len(times),
+            train_s=watch.times_s[-1] - watch.times_s[0],
+            steps=len(watch.times_s),
             own=clip.image_size[0],
             by_size=by_size,
         )
@@ -221,6 +233,7 @@ def main() -> None:
     """Entry point."""
     parser = arguments_of(__doc__)
     parser.set_defaults(model="cliptune-mini-vit", sets=list(SETS))
+    parser.add_argument("--threads", type=int, help="of torch (default: as a job chooses)")
     given: Any = parser.parse_args()
     switches = switch_lines(given.device)
     found: list[Trained] = []
@@ -231,7 +244,13 @@ def main() -> None:
             for subject in subjects:
                 for side in SIDES:
                     one = trained(
-                        subject, side, seed, model=given.model, device=given.device, epochs=given.epochs
+                        subject,
+                        side,
+                        seed,
+                        model=given.model,
+                        device=given.device,
+                        epochs=given.epochs,
+                        threads=given.threads,
                     )
                     found.append(one)
                     told = ", ".join(f"{at}: {100 * value:.1f}" for at, value in one.by_size.items())

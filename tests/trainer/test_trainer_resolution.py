@@ -106,8 +106,8 @@ def test_without_a_word_every_step_has_the_models_own_size_and_all_of_the_augmen
 
 def test_progressive_sizes_rise_with_the_augmentation_and_end_in_a_brief_tail(clip: Clip) -> None:
     found = settled(clip, PROGRESSIVE, augment={"crop_min_area": 0.5, "flip_horizontal": True}).schedule
-    assert sides(found, 100) == [16] * 40 + [24] * 40 + [32] * 20
-    looks = [found.at(step) for step in (0, 40, 80)]
+    assert sides(found, 100) == [16] * 62 + [24] * 28 + [32] * 10
+    looks = [found.at(step) for step in (0, 62, 90)]
     assert [look.augmentation.crop_min_area for look in looks] == [0.75, 0.625, 0.5]
     assert [look.strength for look in looks] == [0.5, 0.75, 1.0]
     assert all(look.augmentation.flip_horizontal for look in looks)
@@ -115,13 +115,13 @@ def test_progressive_sizes_rise_with_the_augmentation_and_end_in_a_brief_tail(cl
 
 
 def test_a_progressive_schedule_without_sizes_begins_at_half_the_models_own(clip: Clip) -> None:
-    found = settled(clip, {"schedule": "progressive", "tail_fraction": 0.1}, steps=10).schedule
-    assert sides(found, 10) == [16] * 4 + [24] * 5 + [32]
+    found = settled(clip, {"schedule": "progressive"}, steps=10).schedule
+    assert sides(found, 10) == [16] * 6 + [24] * 3 + [32]
 
 
-def test_it_costs_less_than_two_thirds_of_the_fixed_one(clip: Clip) -> None:
+def test_it_sees_less_than_half_of_the_fixed_ones_pixels(clip: Clip) -> None:
     found = settled(clip, {"schedule": "progressive"}).schedule
-    assert found.mean(lambda size: size[0] * size[1]) <= 32 * 32 / 1.5
+    assert found.mean(lambda size: size[0] * size[1]) <= 32 * 32 / 2
 
 
 def test_multi_scale_draws_every_steps_size_from_the_seed_and_the_step_alone(clip: Clip) -> None:
@@ -292,7 +292,7 @@ def test_a_gradient_at_any_size_is_the_same_in_parts_as_at_once(kind: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("resolution", "stop"), [(PROGRESSIVE, 4), (PROGRESSIVE, 8), (MULTI_SCALE, 8)], ids=str
+    ("resolution", "stop"), [(PROGRESSIVE, 4), (PROGRESSIVE, 10), (MULTI_SCALE, 8)], ids=str
 )
 def test_a_run_that_goes_on_inside_any_stage_repeats_the_whole_one_bit_by_bit(
     make_job: MakeJob, resolution: dict[str, Any], stop: int
@@ -302,7 +302,7 @@ def test_a_run_that_goes_on_inside_any_stage_repeats_the_whole_one_bit_by_bit(
         make_job(
             name,
             train=train,
-            checkpoint={"every_steps": 4, "keep": 10},
+            checkpoint={"every_steps": 2, "keep": 10},
             evaluation={"bootstrap_samples": 0, "every_epochs": 0, "degradations": False},
         )
         for name in ("whole", "broken")

@@ -553,11 +553,11 @@ class ResolutionSpec(google.protobuf.message.Message):
     FIRST_AUGMENTATION_FIELD_NUMBER: builtins.int
     EXACT_FIELD_NUMBER: builtins.int
     schedule: builtins.str
-    """"fixed"; "progressive": from the first of `sizes` to the last, which takes `tail_fraction` of the steps;
-    "multi_scale": one of `sizes`, drawn anew for each step. Default "fixed".
+    """"fixed"; "progressive": from the first of `sizes` to the last, which takes `tail_fraction` of the steps; each of
+    the others sees as many pixels in all. "multi_scale": one of `sizes`, drawn anew for each step. Default "fixed".
     """
     tail_fraction: builtins.float
-    """Of progressive: share of the steps at the last size. Default 0.2."""
+    """Of progressive: share of the steps at the last size. Default 0.1."""
     finish_fraction: builtins.float
     """FixRes (Touvron et al. 2019): share of the steps, the last ones, with mild crops at the target size, or at
     `finish_size`. Default 0.

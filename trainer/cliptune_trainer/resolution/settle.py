@@ -3,8 +3,9 @@
 Enters: the spec's `[train.resolution]`, the model and the number of steps. Leaves: a `SizeSchedule`, with
 what is to be told of it. Called by `decide`.
 
-    progressive   sizes rise over equal shares of the steps, and changes to images with them (EfficientNetV2:
-                  Tan & Le 2021, section 4); a brief tail at the target (CLIPA: Li et al. 2023)
+    progressive   sizes rise, and changes to images with them (EfficientNetV2: Tan & Le 2021, section 4); each
+                  size before the last sees as many pixels as the others, so that most steps are small ones,
+                  and a brief tail has the target (CLIPA: Li et al. 2023)
     multi_scale   a size drawn for each step, the same on all ranks
     finish        FixRes (Touvron et al. 2019): last steps with mild crops, for random crops enlarge objects
 """
@@ -110,9 +111,12 @@ def _stages(
     # At least a step for each size.
     tail = min(max(round(config.tail_fraction * steps), 1), steps - len(sizes) + 1)
     rising = len(sizes) - 1
-    stages = []
+    shares = [1 / (height * width) for height, width in sizes[:-1]]
+    stages: list[Stage] = []
     for place, size in enumerate(sizes):
-        until = steps if place == rising else round((steps - tail) * (place + 1) / rising)
+        began = stages[-1].until if stages else 0
+        until = round((steps - tail) * sum(shares[: place + 1]) / sum(shares))
+        until = steps if place == rising else min(max(until, began + 1), steps - tail - (rising - 1 - place))
         share = config.first_augmentation + (1 - config.first_augmentation) * place / rising
         stages.append(Stage(until=until, sizes=(size,), augmentation=augment.scaled(share), strength=share))
     return stages

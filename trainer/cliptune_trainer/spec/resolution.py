@@ -19,7 +19,7 @@ class ResolutionConfig:
 
     schedule: str = "fixed"
     sizes: tuple[int, ...] = ()  # by schedule, from the model's own
-    tail_fraction: float = 0.2
+    tail_fraction: float = 0.1
     finish_fraction: float = 0.0
     finish_size: int | None = None
     first_augmentation: float = 0.5
@@ -57,7 +57,7 @@ def resolution_config(message: spec_pb2.ResolutionSpec) -> ResolutionConfig:
     return ResolutionConfig(
         schedule=message.schedule or "fixed",
         sizes=tuple(message.sizes),
-        tail_fraction=message.tail_fraction if has("tail_fraction") else 0.2,
+        tail_fraction=message.tail_fraction if has("tail_fraction") else 0.1,
         finish_fraction=message.finish_fraction,
         finish_size=message.finish_size if has("finish_size") else None,
         first_augmentation=message.first_augmentation if has("first_augmentation") else 0.5,
