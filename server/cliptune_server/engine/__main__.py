@@ -41,6 +41,8 @@ from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
 from cliptune_server.engine.cache import DEFAULT_BYTES, EmbeddingCache
 from cliptune_server.engine.decode import Decoder
+from cliptune_server.engine.embedding import Embedder
+from cliptune_server.engine.expectation import Expectation
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet
 from cliptune_server.engine.progress import Progress
@@ -130,8 +132,12 @@ async def serve(
         progress=progress, threads=exact_arithmetic, config=BatcherConfig(max_items=batch_items)
     )
     models = make_models(batcher=batcher, decoder=decoder, decoded_ahead=2 * batch_items)
-    admission = Admission(AdmissionLimits(total_bytes=2 * message_bytes), batcher.backlog_s)
-    inference = Inference(models=models, batcher=batcher, decoder=decoder, admission=admission, cache=cache)
+    expectation = Expectation(batcher, (decoder.image_stage, decoder.text_stage))
+    admission = Admission(AdmissionLimits(total_bytes=2 * message_bytes), expectation.backlog_s)
+    embedder = Embedder(
+        batcher=batcher, decoder=decoder, admission=admission, expectation=expectation, cache=cache
+    )
+    inference = Inference(models=models, embedder=embedder, admission=admission)
     servicer = EngineServicer(
         inference=inference,
         models=models,

@@ -21,9 +21,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -79,6 +78,7 @@ class Batcher:
         self._work: Final = asyncio.Event()
         self._serving: asyncio.Task[None] | None = None
         self._running = False
+        self._bulk_until_s = 0.0
         self._prepared: Batch | None = None
         self._closed = False
 
@@ -138,25 +138,21 @@ class Batcher:
             self._work.set()
         return answer
 
-    @contextmanager
-    def pending(self, lane: Lane, items: int, caller: Caller) -> Iterator[None]:
-        """Around a request: its items count as work to come from the beginning, decoded or not."""
-        lane.pending[caller.bulk] += items
-        try:
-            yield
-        finally:
-            lane.pending[caller.bulk] -= items
-
     async def on_device(self, work: Callable[[], _T], limit_s: float) -> _T:
         """Runs something else on the device's thread, between two batches."""
         return await asyncio.get_running_loop().run_in_executor(self._device, self._timed, work, limit_s)
 
-    def backlog_s(self, *, interactive: bool = False) -> float:
-        """About how long the forwards of all that is to be answered take; `interactive`: of that alone."""
-        return sum(
-            (lane.pending[False] + (0 if interactive else lane.pending[True])) * (lane.cost.item_s or 0.0)
-            for lane in self.lanes
-        )
+    def batch_items(self, lane: Lane) -> int:
+        """Items of a batch of this lane, at most."""
+        return lane.cost.batch_items(self._config.budget_s, self._config.max_items)
+
+    def queue_s(self, lane: Lane, items: int) -> float:
+        """About how long the forwards of so many of its items take."""
+        return lane.cost.queue_seconds(items, self.batch_items(lane))
+
+    def bulk_left_s(self) -> float:
+        """About how much longer the forward that runs takes, if it is one of bulk."""
+        return max(0.0, self._bulk_until_s - time.monotonic()) if self._running else 0.0
 
     async def _serve(self) -> None:
         while not self._closed:
@@ -167,6 +163,7 @@ class Batcher:
                     await self._work.wait()
                 continue
             self._running, batch.lane.running = True, len(batch.items)
+            self._bulk_until_s = batch.bulk_until_s()
             try:
                 self._prepare_ahead()
                 await self._answer(batch)
@@ -184,9 +181,10 @@ class Batcher:
                 return prepared
             if lane is None:
                 return None
+            place = lane.place or 0
             items = self._take(lane)
             if items:
-                return Batch(lane=lane, items=items)
+                return Batch(lane=lane, items=items, place=place)
 
     def _take(self, lane: Lane) -> list[Item]:
         alone = self._prepared is None and not any(len(other) for other in self.lanes if other is not lane)
@@ -199,6 +197,7 @@ class Batcher:
         lane = by_place(self.lanes) if self._prepared is None else None
         if lane is None or not lane.is_full(budget_s=self._config.budget_s, max_items=self._config.max_items):
             return
+        place = lane.place or 0
         items = self._take(lane)
         if items:
             payloads = [item.payload for item in items]
@@ -206,7 +205,7 @@ class Batcher:
             ready = asyncio.get_running_loop().run_in_executor(
                 self._preparer, self._timed, lambda: lane.prepare(payloads), limit_s
             )
-            self._prepared = Batch(lane=lane, items=items, ready=ready)
+            self._prepared = Batch(lane=lane, items=items, place=place, ready=ready)
 
     def _drop_prepared(self, error: CliptuneError) -> None:
         if self._prepared is not None:

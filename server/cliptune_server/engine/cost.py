@@ -7,6 +7,7 @@ one is stuck. One for each lane of the batcher.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 # Each batch counts this much less than the one after it: half after three.
@@ -75,6 +76,13 @@ class Cost:
         """How long a batch should take; 0 before the first measurement."""
         a, b = self.line
         return a * positions + b
+
+    def queue_seconds(self, items: int, batch_items: int) -> float:
+        """How long so many items take, in batches of so many, if they are as long as those before."""
+        if not self._items or not items:
+            return 0.0
+        a, b = self.line
+        return a * items * self._n / self._items + b * math.ceil(items / batch_items)
 
     def batch_items(self, budget_s: float, max_items: int) -> int:
         """Items of the next batch at most, so that it takes about `budget_s`; at least 1."""

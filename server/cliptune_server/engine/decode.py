@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -24,6 +24,7 @@ from cliptune.v1 import tensor_pb2
 from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.tokens import check_text
+from cliptune_server.engine.backlog import Stage
 from cliptune_server.engine.progress import Progress
 
 # The largest image that is taken (100 megapixels) decodes in 3 s on one free core.
@@ -37,20 +38,16 @@ class Decoder:
 
     def __init__(self, *, threads: int, progress: Progress) -> None:
         self._progress: Final = progress
-        self._threads: Final = threads
+        self.image_stage: Final = Stage(threads)
+        self.text_stage: Final = Stage(1)
         self.seconds = 0.0
-        """Of all threads together, since the start."""
+        """Of images, on all threads together, since the start."""
         self.items = 0
         # What is bulk never has more than the threads' own number in their queue, so that what is interactive
         # waits for one image each at most.
         self._bulk_turns: Final = asyncio.Semaphore(threads)
         self._images: Final = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._texts: Final = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
-
-    @property
-    def item_s(self) -> float:
-        """Seconds between two items where all threads are busy; 0 before the first."""
-        return self.seconds / self.items / self._threads if self.items else 0.0
 
     def close(self) -> None:
         """Does not wait for what runs: nobody waits for its result."""
@@ -71,20 +68,25 @@ class Decoder:
                 self._images, self._image, reader, image, seconds
             )
         finally:
-            self._count(seconds, 1)
+            if seconds:
+                self.seconds += sum(seconds)
+                self.items += 1
+                self.image_stage.record(1, sum(seconds))
 
-    async def texts(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:
-        """Texts → [L] each, cut as `Clip.trim` does, or the error of that text."""
+    async def texts(
+        self, clip: Clip, texts: Sequence[str], done: Callable[[], None] = lambda: None
+    ) -> list[Tensor | CliptuneError]:
+        """Texts → [L] each, cut as `Clip.trim` does, or the error of that text; `done` is called for each."""
         loop = asyncio.get_running_loop()
         decoded: list[Tensor | CliptuneError] = []
         for start in range(0, len(texts), _TURN_TEXTS):
             turn = texts[start : start + _TURN_TEXTS]
-            decoded += await loop.run_in_executor(self._texts, self._tokenise, clip, turn)
+            seconds: list[float] = []
+            decoded += await loop.run_in_executor(self._texts, self._tokenise, clip, turn, seconds)
+            self.text_stage.record(len(turn), sum(seconds))
+            for _ in turn:
+                done()
         return decoded
-
-    def _count(self, seconds: Sequence[float], items: int) -> None:
-        self.seconds += sum(seconds)
-        self.items += items if seconds else 0
 
     def _image(self, reader: ImageReader, image: tensor_pb2.Image, seconds: list[float]) -> Tensor:
         with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
@@ -95,8 +97,10 @@ class Decoder:
                     return reader.pixels(unpack(image.pixels))
             raise ImageDecodeError("the image has neither bytes of a file nor pixels")
 
-    def _tokenise(self, clip: Clip, texts: Sequence[str]) -> list[Tensor | CliptuneError]:
-        with self._progress.working(_DECODE_LIMIT_S):
+    def _tokenise(
+        self, clip: Clip, texts: Sequence[str], seconds: list[float]
+    ) -> list[Tensor | CliptuneError]:
+        with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
             found: list[Tensor | CliptuneError] = []
             good: list[int] = []
             for place, text in enumerate(texts):

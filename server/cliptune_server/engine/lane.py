@@ -3,8 +3,9 @@
 Enters: items. Leaves: batches of items that one forward takes together. Held by `batcher.py`, which chooses
 between lanes; used on the event loop only.
 
-- In order of arrival, the interactive before the bulk; but what is bulk counts as interactive once it has
-  waited `ageing_s` longer, so it waits long at worst, and never for ever.
+- In order of arrival, the interactive before the bulk; but where bulk has waited `ageing_s` longer, and had
+  no turn for so long, it leads the next batch. So it waits long at worst, and never for ever; and however
+  much of it waits, what is interactive waits for one batch of it.
 - Items of different `shape` never share a forward. Items of different `length` (texts) do where the padding
   costs less than a forward more, by what forwards were measured to cost.
 - No batch is so large that it would end after the deadline of one in it. What cannot be answered in time even
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliptune.errors import CliptuneError, DeadlineExceededError
+from cliptune_server.engine.backlog import Backlog
 from cliptune_server.engine.cost import Cost
 from cliptune_server.engine.spans import Caller
 
@@ -64,13 +66,16 @@ class Batch:
 
     lane: Lane
     items: list[Item]
+    place: int
+    """Its lane's, when it was taken."""
     ready: asyncio.Future[Any] | None = None
     """What its forward takes, where that is prepared ahead."""
 
-    @property
-    def place(self) -> int:
-        """Of the item that goes first."""
-        return min(item.place for item in self.items)
+    def bulk_until_s(self) -> float:
+        """When its forward will end if it begins now, by time.monotonic; 0 if it is not led by bulk."""
+        if not self.items[0].caller.bulk:
+            return 0.0
+        return time.monotonic() + self.lane.cost.seconds(positions_of(self.items))
 
 
 def positions_of(items: Sequence[Item]) -> int:
@@ -89,8 +94,8 @@ class Lane:
     ageing_s: float = 2.0
     cost: Cost = field(default_factory=Cost)
     running: int = 0
-    pending: Counter[bool] = field(default_factory=Counter)
-    """Items of requests that are being answered, by whether they are bulk: also those not decoded yet."""
+    backlog: Backlog = field(default_factory=Backlog)
+    """Items of requests that are being answered: also those not decoded yet."""
     batches: int = 0
     items: int = 0
     positions: int = 0
@@ -100,6 +105,7 @@ class Lane:
     sizes: list[int] = field(default_factory=lambda: [0] * len(BATCH_SIZES))
     _interactive: deque[Item] = field(default_factory=deque)
     _bulk: deque[Item] = field(default_factory=deque)
+    _bulk_turn_ns: int = 0
 
     def __len__(self) -> int:
         return len(self._interactive) + len(self._bulk)
@@ -107,7 +113,15 @@ class Lane:
     @property
     def place(self) -> int | None:
         """Of the item that goes first; None when none waits."""
-        return min((queue[0].place for queue in (self._interactive, self._bulk) if queue), default=None)
+        if self._interactive:
+            first = self._interactive[0].place
+            return min(first, self._bulk_place) if self._bulk else first
+        return self._bulk_place if self._bulk else None
+
+    @property
+    def _bulk_place(self) -> int:
+        """Of the first that is bulk: not before its ageing, nor before that of its last turn."""
+        return max(self._bulk[0].place, self._bulk_turn_ns + round(self.ageing_s * 1e9))
 
     @property
     def oldest_s(self) -> float:
@@ -173,6 +187,8 @@ class Lane:
             else:
                 left.append(item)
         self._put_back(left)
+        if taken[0].caller.bulk or 2 * sum(item.caller.bulk for item in taken) >= len(taken):
+            self._bulk_turn_ns = time.time_ns()
         return taken
 
     def is_full(self, *, budget_s: float, max_items: int) -> bool:
@@ -199,9 +215,10 @@ class Lane:
 
     def _pull(self, count: int) -> list[Item]:
         found: list[Item] = []
+        first, second = self._interactive, self._bulk
+        turn = bool(second) and (not first or self._bulk_place < first[0].place)
         while len(found) < count and len(self):
-            first, second = self._interactive, self._bulk
-            ahead = first and (not second or first[0].place <= second[0].place)
+            ahead = first and not (turn and second and second[0].place < first[0].place)
             found.append((first if ahead else second).popleft())
         return found
 

@@ -16,6 +16,7 @@ from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.cache import EmbeddingCache, image_digests, text_digests
+from cliptune_server.engine.expectation import Expected
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
 from tests.support import images
 
@@ -73,13 +74,11 @@ def test_digests_tell_content_kind_type_and_shape_apart() -> None:
 
 def test_a_request_that_cannot_be_answered_in_its_time_is_shed_with_a_time_to_come_back() -> None:
     admission = Admission(AdmissionLimits(), backlog_s=lambda: 3.0)
-    admission.check_time(5.0, 1.0)  # nothing is inside: the estimate may be wrong, and is measured
-    with admission.room(1, 1):
-        admission.check_time(0.5, 1.0)
-        admission.check_time(5.0, None)
-        with pytest.raises(OverloadedError) as refused:
-            admission.check_time(5.0, 1.0)
-    assert refused.value.metadata["retry_after_s"] == "4.0"
+    admission.check_time(Expected(own_s=5.0, wait_s=0.0), 1.0)  # alone: the estimate is measured again
+    admission.check_time(Expected(own_s=0.2, wait_s=0.47), 1.0)
+    with pytest.raises(OverloadedError) as refused:
+        admission.check_time(Expected(own_s=0.2, wait_s=3.0), 1.0)
+    assert refused.value.metadata["retry_after_s"] == "4.2"  # when so large a part of its time is enough
     assert admission.shed == 1
 
 

@@ -89,6 +89,27 @@ async def test_bulk_that_has_waited_for_its_ageing_goes_before_younger_interacti
     assert taken(lane) == ["old bulk", "young"]
 
 
+async def test_however_much_bulk_has_aged_an_interactive_item_waits_for_one_batch_of_it() -> None:
+    lane = lane_of(ageing_s=0.05)
+    for number in range(40):
+        lane.put(number, bulk())
+    await asyncio.sleep(0.06)
+    lane.put("first", interactive())
+    assert taken(lane) == list(range(8))  # its turn
+    lane.put("second", interactive())
+    assert taken(lane) == ["first", "second", *range(8, 14)]
+    lane.put("third", interactive())
+    assert taken(lane)[0] == "third"
+    leaders = []
+    for _ in range(6):  # interactive without end: bulk leads again after its ageing
+        for _ in range(8):
+            lane.put("more", interactive())
+        leaders.append(taken(lane)[0])
+        await asyncio.sleep(0.02)
+    assert leaders[0] == "more"
+    assert any(leader != "more" for leader in leaders)
+
+
 async def test_a_batch_that_is_full_leaves_the_rest_in_its_order() -> None:
     lane = lane_of()
     for number in range(20):
@@ -198,15 +219,6 @@ async def test_a_cancelled_item_of_a_prepared_batch_never_enters_a_forward(batch
     forward.free.set()
     await asyncio.gather(*answers)
     assert forward.batches == [[0.0], [1.0, 3.0, 4.0]]
-
-
-async def test_what_is_pending_counts_as_work_to_come_by_its_priority(batcher: Batcher) -> None:
-    lane = batcher.open("m:1", "image", Doubling())
-    lane.cost.record(10, 1.0)
-    with batcher.pending(lane, 20, bulk()), batcher.pending(lane, 5, interactive()):
-        assert batcher.backlog_s(interactive=True) == pytest.approx(0.5)
-        assert batcher.backlog_s() == pytest.approx(2.5)
-    assert batcher.backlog_s() == 0
 
 
 async def test_each_of_10000_fuzzed_items_is_answered_and_none_that_was_given_up_is_forwarded() -> None:
