@@ -34,6 +34,7 @@ from cliptune_trainer.resolution.schedule import SizeSchedule, Stage
 from cliptune_trainer.resolution.settle import Settled, settle_sizes
 from cliptune_trainer.spec import Spec, from_proto
 from cliptune_trainer.steps.stochastic_depth import StochasticDepth
+from cliptune_trainer.training.pace import Pace
 from cliptune_trainer.training.run import run
 from tests.trainer.conftest import MakeJob
 from tests.trainer.jobs import TrainerJob
@@ -133,6 +134,23 @@ def test_multi_scale_draws_every_steps_size_from_the_seed_and_the_step_alone(cli
     assert {side: drawn.count(side) > 60 for side in (16, 32, 48)} == {16: True, 32: True, 48: True}
     assert sides(replace(first, seed=6), 300) != drawn
     assert first.target == (32, 32)
+
+
+def test_the_time_left_knows_the_sizes_of_the_steps_to_come() -> None:
+    small, large = (16, 16), (32, 32)
+    schedule = SizeSchedule(
+        stages=(Stage(until=4, sizes=(small,)), Stage(until=8, sizes=(small, large))), target=large
+    )
+    ticks = iter([0.0, 1.0, 2.0, 3.0, 4.0, 14.0])
+    pace = Pace(8, schedule, lambda: next(ticks))
+    for step in (1, 2, 3, 4):
+        pace.step_done(step)
+    assert schedule.left(1) == {small: 3 + 2, large: 2}
+    assert pace.eta_s(4) == pytest.approx(2 * 1 + 2 * 4)  # four times the pixels, none seen yet
+    step = next(step for step in range(5, 9) if schedule.at(step - 1).size == large)
+    pace.step_done(step)
+    assert pace.eta_s(6) == pytest.approx(1 * 1 + 1 * 10)
+    assert pace.eta_s(8) == 0
 
 
 def test_the_fixres_finish_has_mild_crops_at_its_size(clip: Clip) -> None:

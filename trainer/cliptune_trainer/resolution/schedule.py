@@ -94,11 +94,17 @@ class SizeSchedule:
             ]
         return Look(size=size, augmentation=stage.augmentation, strength=stage.strength)
 
+    def left(self, step: int) -> dict[Size, float]:
+        """Steps of each size after `step` finished ones, as may be expected: draws are even."""
+        found: dict[Size, float] = {}
+        began = step
+        for stage in self.stages:
+            for size in stage.sizes if stage.until > began else ():
+                found[size] = found.get(size, 0.0) + (stage.until - began) / len(stage.sizes)
+            began = max(began, stage.until)
+        return found
+
     def mean(self, cost: Callable[[Size], float]) -> float:
         """Of a step, over all stages: what a step at a size costs, as it may be expected."""
-        total, began = 0.0, 0
-        for stage in self.stages:
-            steps = stage.until - began
-            total += steps * sum(map(cost, stage.sizes)) / len(stage.sizes)
-            began = stage.until
-        return total / max(began, 1)
+        left = self.left(0)
+        return sum(steps * cost(size) for size, steps in left.items()) / max(self.stages[-1].until, 1)

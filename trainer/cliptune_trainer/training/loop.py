@@ -141,7 +141,7 @@ class Training:
             on_bad_row=self._on_bad_row,
             on_workers_lost=self._on_workers_lost,
         )
-        self._pace = Pace(decisions.batch_size)
+        self._pace = Pace(decisions.batch_size, decisions.sizes)
         self._outcomes = Outcomes(
             reporter,
             self._pace,

@@ -71,7 +71,7 @@ class Outcomes:
             InvalidInputError: `MAX_SKIPPED_IN_ROW` steps in a row changed no weight.
         """
         result = done.flight.result()
-        self._pace.step_done()
+        self._pace.step_done(done.step)
         if result.skipped:
             self._skip(done.step, result)
             return
@@ -89,7 +89,7 @@ class Outcomes:
                 gradient_norm=result.gradient_norm,
                 samples_per_second=self._pace.samples_per_second(),
                 device_memory_bytes=device_memory_bytes(str(self._device)),
-                eta_seconds=self._pace.eta_s(self._total_steps - done.step),
+                eta_seconds=self._pace.eta_s(done.step),
                 micro_batch_size=done.micro_batch_size,
                 loss_scale=result.loss_scale,
                 skipped_steps=self._skipped,
