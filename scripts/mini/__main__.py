@@ -35,6 +35,9 @@ def main() -> None:
     pack = step("pack", "write the models as they are shipped")
     pack.add_argument("--trained", type=Path, default=Path(".mini/trained"), help="the trained towers")
     pack.add_argument("--target", type=Path, default=Path("mini/cliptune_mini"), help="the package")
+    probe = steps.add_parser("probe", help="write the general probe as it is shipped")
+    probe.add_argument("--clipart", type=Path, required=True, help="general_clipart's folder")
+    probe.add_argument("--target", type=Path, default=Path("mini/cliptune_mini"), help="the package")
     _run(parser.parse_args())
 
 
@@ -67,6 +70,10 @@ def _run(arguments: argparse.Namespace) -> None:
             from scripts.mini import pack
 
             pack.run(arguments.prepared, arguments.trained, arguments.target)
+        case "probe":
+            from scripts.mini import probe
+
+            probe.run(arguments.clipart, arguments.target)
 
 
 if __name__ == "__main__":

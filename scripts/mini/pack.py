@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cliptune.embedded import MANIFEST, SUMS, WEIGHTS
+from cliptune.embedded import MANIFEST, PROBE_FOLDER, SUMS, WEIGHTS
 from scripts.mini import teacher, towers
 
 CARDS: Final = Path(__file__).parent / "cards"
@@ -36,10 +36,15 @@ def run(
             print(f"{name}: {(target / name / WEIGHTS).stat().st_size / 1e6:.1f} MB", flush=True)
         else:
             print(f"{name}: left out, for {' or '.join(path.name for path in halves)} is missing", flush=True)
+    seal(target)
+
+
+def seal(target: Path) -> None:
+    """Writes the checksums of every file that a folder of the package holds."""
     lines = [
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(target).as_posix()}\n"
         for path in sorted(target.glob("*/*"))
-        if path.parent.name in names
+        if path.is_file() and path.parent.name in (*towers.MODEL_CONFIG, PROBE_FOLDER)
     ]
     (target / SUMS).write_text("".join(lines), encoding="utf-8")
 

@@ -7,6 +7,7 @@ daemon, which serves one while nothing else is. Standard library alone: the daem
     cliptune_mini/SHA256SUMS                      as `sha256sum --check` reads it; says which file is whose
     cliptune_mini/cliptune-mini/…                 the model
     cliptune_mini/cliptune-mini/cliptune.json     its manifest; `weights_sha256` travels with every copy
+    cliptune_mini/general-probe/pairs.tar         pictures and captions of no domain, for the forgetting guard
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _REINSTALL: Final = f"reinstall it: {INSTALL} --force-reinstall"
 SUMS: Final = "SHA256SUMS"
 MANIFEST: Final = "cliptune.json"
 WEIGHTS: Final = "open_clip_model.safetensors"
+PROBE_FOLDER: Final = "general-probe"
+PROBE_PAIRS: Final = "pairs.tar"
 
 
 def is_embedded(name: str) -> bool:
@@ -38,7 +41,7 @@ def is_embedded(name: str) -> bool:
 def embedded_names() -> list[str]:
     """Those installed, sorted; none without the package."""
     root = _root()
-    return sorted({path.split("/")[0] for path in _sums(root)}) if root else []
+    return _models(_sums(root)) if root else []
 
 
 def embedded_digest(name: str) -> str:
@@ -64,6 +67,22 @@ def embedded_folder(name: str) -> Path:
     return folder
 
 
+def embedded_probe() -> Path | None:
+    """The general probe, a tar shard of images and captions, read and found whole. None: the package is not
+    installed, or is one from before it.
+
+    Raises:
+        ModelDamagedError: it is missing or has another checksum, or the list of checksums cannot be read.
+    """
+    root = _root()
+    digest = _sums(root).get(f"{PROBE_FOLDER}/{PROBE_PAIRS}") if root else None
+    if root is None or digest is None:
+        return None
+    path = root / PROBE_FOLDER / PROBE_PAIRS
+    _check(path, digest, _REINSTALL)
+    return path
+
+
 def check_weights(folder: Path) -> None:
     """Compare a model's weights with the checksum in its manifest; a model without one is not checked.
 
@@ -87,11 +106,15 @@ def _files(name: str) -> tuple[Path, Mapping[str, str]]:
     sums = _sums(root)
     digests = {path.partition("/")[2]: digest for path, digest in sums.items() if path.startswith(f"{name}/")}
     if WEIGHTS not in digests:
-        there = ", ".join(sorted({path.split("/")[0] for path in sums}))
+        there = ", ".join(_models(sums))
         raise ModelNotFoundError(
             f"the installed {DEFAULT_MODEL} has no model {name!r}; it has: {there}", model=name
         )
     return root / name, digests
+
+
+def _models(sums: Mapping[str, str]) -> list[str]:
+    return sorted(path.partition("/")[0] for path in sums if path.endswith(f"/{WEIGHTS}"))
 
 
 def _root() -> Path | None:

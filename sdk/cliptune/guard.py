@@ -16,7 +16,7 @@ class GeneralResult:
     """What a model still knows of what it knew before training."""
 
     metrics: dict[str, float]
-    """As of an evaluation; without probe data "agreement": 1 is the starting model's own."""
+    """As of an evaluation; or "agreement": 1 is the starting model's own."""
     main_metric: str
     loss: float
     """Of the main metric: the starting model's value less this one's."""

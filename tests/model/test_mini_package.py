@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tarfile
 import zipfile
 from pathlib import Path
@@ -13,13 +14,23 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cliptune.embedded import DEFAULT_MODEL, SUMS, WEIGHTS, embedded_folder, embedded_names
+from cliptune.embedded import (
+    DEFAULT_MODEL,
+    SUMS,
+    WEIGHTS,
+    embedded_folder,
+    embedded_names,
+    embedded_probe,
+)
 from cliptune_model.acceleration.folded import fold
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 
 DISTRIBUTION = Path(__file__).parents[2] / "mini"
 LARGEST = {DEFAULT_MODEL: 36_000_000, f"{DEFAULT_MODEL}-vit": 12_000_000}  # bytes
+
+
+LARGEST_PROBE = 1_000_000  # bytes
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +56,24 @@ def test_every_file_has_its_checksum_and_the_weights_are_small(name: str) -> Non
     assert all(f"  {name}/{path.name}\n" in listed for path in folder.iterdir())
     assert (folder / WEIGHTS).stat().st_size <= LARGEST[name]
     assert "cannot do" in (folder / "README.md").read_text()
+
+
+def test_its_general_probe_is_small_whole_and_of_distinct_captions_with_its_licences_named() -> None:
+    shard = embedded_probe()
+    assert shard is not None
+    assert shard.stat().st_size <= LARGEST_PROBE
+    with tarfile.open(shard) as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    captions = [content.decode() for name, content in files.items() if name.endswith(".txt")]
+    assert len(set(captions)) == len(captions) == len(files) / 2 >= 150
+    for name in files:
+        if name.endswith(".webp"):
+            with PIL.Image.open(io.BytesIO(files[name])) as image:
+                assert image.size == (128, 128)
+    card = (shard.parent / "README.md").read_text()
+    assert f"{len(captions)} pictures" in card
+    assert f"  general-probe/{shard.name}\n" in (shard.parents[1] / SUMS).read_text()
+    assert "general-probe" in (DISTRIBUTION / "NOTICE").read_text()
 
 
 @pytest.mark.parametrize("name", LARGEST)

@@ -31,8 +31,7 @@ from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.forms.columns import Wording
 from cliptune_trainer.data.loading.loader import Loader
 from cliptune_trainer.data.roots import DataRoots
-from cliptune_trainer.guard.guard import decide_guard
-from cliptune_trainer.guard.probe import read_probe
+from cliptune_trainer.guard.measure import decide_guard, open_probe
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.losses.temperature import begin, hold
@@ -83,9 +82,9 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
             *try_own_code(spec.loss, clip.similarity),
         )
         guard = decide_guard(spec, clip)
-        if guard.value == "on" and spec.guard.probe is not None:
+        if guard.value == "on":
             # Read here to be refused here.
-            read_probe(spec.guard.probe, DataRoots(roots), spec.evaluation, examined=False, cache=job.path)
+            open_probe(spec, DataRoots(roots), examined=False, cache=job.path)
         remember_own_code(job.own_code, spec.loss, clip.similarity.name)
         decisions = replace(decisions, choices=(*decisions.choices, guard, *told))
     with tracer().start_as_current_span("prepare.memory"):

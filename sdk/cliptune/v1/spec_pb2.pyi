@@ -987,12 +987,13 @@ class GuardSpec(google.protobuf.message.Message):
     """
     tolerance: builtins.float
     """The point with the best main metric is published whose general loss is no more than this: 0.01 is one point of
-    the probe's metric. Default 0.01; without probe data 0.03, of the agreement.
+    the probe's metric. Default 0.01; 0.03 of the agreement.
     """
     @property
     def probe(self) -> global___ProbeSpec:
-        """General images and texts, measured beside the domain. Unset: how far the model still answers as the one that
-        training started from, about drawn pictures in everyday words.
+        """General images and texts, measured beside the domain. Unset: the pictures that cliptune-mini brings, where it is
+        installed and the starting model knows a tenth of them, else the agreement: how far the model still answers as the
+        one that training started from, about drawn pictures in everyday words.
         """
 
     @property
@@ -1036,7 +1037,9 @@ class ProbeSpec(google.protobuf.message.Message):
     MAX_IMAGES_FIELD_NUMBER: builtins.int
     MAIN_METRIC_FIELD_NUMBER: builtins.int
     data: builtins.str
-    """One of the forms of `DataSpec.train`. All rows count, whatever their split."""
+    """One of the forms of `DataSpec.train`, all rows of which count, whatever their split; "embedded": the pictures that
+    cliptune-mini brings; "agreement": the starting model.
+    """
     image_root: builtins.str
     """As in `DataSpec`."""
     image_column: builtins.str

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
+from cliptune_trainer.guard.agreement import AGREEMENT
 from cliptune_trainer.guard.curve import Curve, Point, choose
 from cliptune_trainer.guard.general import General, Probe
 from cliptune_trainer.guard.mean import RunningMean
@@ -25,26 +25,6 @@ from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
 
 _MEAN: Final = "guard/mean/"
-
-
-def decide_guard(spec: Spec, clip: Clip) -> Choice:
-    """Whether a run is guarded. `clip` is the model that training starts from."""
-    if not spec.guard.on:
-        return Choice(subject="guard", value="off", reason="asked for")
-    if not spec.publishes:
-        return Choice(subject="guard", value="off", reason="no model is published")
-    if not clip.pretrained:
-        return Choice(subject="guard", value="off", reason="random weights know nothing yet")
-    if spec.guard.probe is not None:
-        measure = f"general images of {spec.guard.probe.data}"
-    else:
-        measure = "the agreement with the starting model, as no general data is named"
-    return Choice(
-        subject="guard",
-        value="on",
-        reason=f"weights are pretrained: the best point is published that loses no more than"
-        f" {spec.guard.tolerance:g} of {measure}",
-    )
 
 
 class Guard:
@@ -76,6 +56,7 @@ class Guard:
         self._pull: Pull | None = None
         self._reference: General | None = None
         self._chosen: dict[str, float] = {}
+        self._known: General | None = None  # of the chosen point
 
     def begin(self) -> None:
         """Keeps the starting weights, or finds them again; before the first step of an attempt.
@@ -126,36 +107,39 @@ class Guard:
         if self._probe is None or self._start is None:
             return None
         start = self._remembered()
-        known = start if step == 0 else self._probe.measure(self._clip, resamples=resamples)
+        known = start if step == 0 else self._known or self._probe.measure(self._clip, resamples=resamples)
         return known, start.value
 
-    def choose(self, measure: Callable[[], float]) -> Curve | None:
+    def choose(self, measure: Callable[[], float], *, resamples: int = 0) -> Curve | None:
         """Measures the points on the way, and chooses what is published.
 
         Args:
             measure: main metric of the domain of the model as it is now; NaN: it cannot be told. May raise,
                 as the probe may: then nothing was chosen.
+            resamples: behind the general interval of the chosen point, which is not measured again.
 
         Returns:
             None where there is nothing to choose by.
         """
         if self._probe is None or self._start is None:
             return None
-        known = self._remembered().value
+        start = self._remembered()
+        allowed = self._config.allowed(agreement=start.main_metric == AGREEMENT)
         trained = self._trained()
-        points = []
+        points: list[Point] = []
+        found: list[General | None] = []
         for share in (0.0, *self._config.points, 1.0):
             with put_in(self._clip, self._start.between(trained, share)):
                 domain = measure()
-                if share > 0:
-                    known = self._probe.measure(self._clip, resamples=0).value
-            points.append(Point(share=share, domain=domain, general=known))
+                known = self._probe.measure(self._clip, resamples=resamples) if share > 0 else None
+            found.append(known)
+            points.append(Point(share=share, domain=domain, general=(known or start).value))
         if any(math.isnan(point.domain) for point in points):
             told = "the domain has no main metric on its validation rows: the trained weights are published"
             self._reporter.notice("guard-idle", told)
             return None
-        curve = choose(points, self._config.tolerance)
-        point = curve.points[curve.chosen]
+        curve = choose(points, allowed)
+        point, self._known = curve.points[curve.chosen], found[curve.chosen]
         self._chosen = {
             "share": point.share,
             "domain_gain": curve.gain(point),

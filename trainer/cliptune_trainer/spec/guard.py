@@ -15,11 +15,19 @@ DEFAULT_POINTS: Final = (0.1, 0.2, 0.4, 0.6, 0.8)
 # docs/forgetting.md has both side by side.
 PROBE_TOLERANCE: Final = 0.01
 AGREEMENT_TOLERANCE: Final = 0.03
+# In place of a data set: the pictures that cliptune-mini brings, or the starting model's own answers.
+EMBEDDED: Final = "embedded"
+AGREEMENT: Final = "agreement"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeConfig:
-    """General images with texts, or with labels. `main_metric`: empty: by what can be measured."""
+    """General images with texts, or with labels.
+
+    Attributes:
+        data: where they are, or one of the two words above.
+        main_metric: empty: by what can be measured.
+    """
 
     data: str
     image_root: str = ""
@@ -31,7 +39,8 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise wrong("guard.probe.data", "empty", f"{FORMS}; or no [guard.probe] at all")
+            allowed = f"{FORMS}; {EMBEDDED!r}; {AGREEMENT!r}; or no [guard.probe] at all"
+            raise wrong("guard.probe.data", "empty", allowed)
         within("guard.probe.max_images", self.max_images, 2, 100_000)
         if self.main_metric:
             one_of("guard.probe.main_metric", self.main_metric, MAIN_METRICS)
@@ -53,11 +62,12 @@ class GuardConfig:
 
     Attributes:
         on: it guards, if the weights are pretrained.
-        probe: None: the agreement with the starting model.
+        probe: None: the embedded pictures where they are installed and the starting model knows them, else
+            its agreement.
         ema_decay: of the running mean of the weights; 0: none.
         l2_sp: strength of the pull towards the starting weights.
         points: shares of the way from them that are measured, 0 and 1 apart.
-        tolerance: general loss that may be paid.
+        tolerance: general loss that may be paid; None: what is usual for the measure.
     """
 
     on: bool = True
@@ -65,13 +75,14 @@ class GuardConfig:
     ema_decay: float = 0.0
     l2_sp: float = 0.0
     points: tuple[float, ...] = field(default=DEFAULT_POINTS)
-    tolerance: float = AGREEMENT_TOLERANCE
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ema_decay < 1.0:
             raise wrong("guard.ema_decay", f"{self.ema_decay:g}", "0 up to, but not, 1")
         within("guard.l2_sp", self.l2_sp, 0.0, 1000.0)
-        within("guard.tolerance", self.tolerance, 0.0, 1.0)
+        if self.tolerance is not None:
+            within("guard.tolerance", self.tolerance, 0.0, 1.0)
         before = 0.0
         for place, point in enumerate(self.points):
             if not before < point < 1.0:
@@ -80,18 +91,22 @@ class GuardConfig:
                 )
             before = point
 
+    def allowed(self, *, agreement: bool) -> float:
+        """General loss that may be paid; `agreement`: with the starting model is the measure."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return AGREEMENT_TOLERANCE if agreement else PROBE_TOLERANCE
+
 
 def guard_config(guard: spec_pb2.GuardSpec) -> GuardConfig:
     """The typed form of `GuardSpec`; unset fields take their documented defaults. Raises `SpecError`."""
-    probe = _probe(guard.probe) if guard.HasField("probe") else None
-    usual = AGREEMENT_TOLERANCE if probe is None else PROBE_TOLERANCE
     return GuardConfig(
         on=not guard.off,
-        probe=probe,
+        probe=_probe(guard.probe) if guard.HasField("probe") else None,
         ema_decay=guard.ema_decay,
         l2_sp=guard.l2_sp,
         points=tuple(guard.points) or DEFAULT_POINTS,
-        tolerance=guard.tolerance if guard.HasField("tolerance") else usual,
+        tolerance=guard.tolerance if guard.HasField("tolerance") else None,
     )
 
 

@@ -64,7 +64,9 @@ class Examiner:
         resamples = config.bootstrap_samples if occasion == "after" else 0
         with tracer().start_as_current_span("evaluate", attributes={"occasion": occasion, "step": step}):
             try:
-                curve = self._guard.choose(self._main_metric) if occasion == "after" else None
+                curve = None
+                if occasion == "after":
+                    curve = self._guard.choose(self._main_metric, resamples=resamples)
                 with self._guard.counted():
                     measured = self._measure(resamples)
                     sweep = self._swept(measured, occasion)

@@ -21,10 +21,8 @@ from cliptune_trainer.data.findings import load_findings
 from cliptune_trainer.data.forms.columns import Wording
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.evaluation.measurement import EvaluationInterrupted
-from cliptune_trainer.guard.agreement import AgreementProbe
 from cliptune_trainer.guard.general import Probe
-from cliptune_trainer.guard.guard import decide_guard
-from cliptune_trainer.guard.probe import read_probe
+from cliptune_trainer.guard.measure import decide_guard, open_probe
 from cliptune_trainer.job import JobFolder
 from cliptune_trainer.losses.entry import TEACHER
 from cliptune_trainer.plan.decide import Decisions, Hardware, decide, decide_hardware
@@ -98,7 +96,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         inbox=inbox,
         linked=linked,
         teacher=build(spec.model, device=device, seed=spec.train.seed) if taught else None,
-        probe=_probe(job, spec, roots, inbox) if guarded and len(dataset.validation) else None,
+        probe=_probe(job, spec, roots, reporter, inbox) if guarded and len(dataset.validation) else None,
     )
     ending = training.run()
     if ending.outcome == trainer_pb2.OUTCOME_SUCCEEDED:
@@ -107,18 +105,17 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
     return ending
 
 
-def _probe(job: JobFolder, spec: Spec, roots: Sequence[Path], inbox: Inbox) -> Probe:
+def _probe(job: JobFolder, spec: Spec, roots: Sequence[Path], reporter: Reporter, inbox: Inbox) -> Probe:
     """What the guard measures general knowledge by."""
 
     def check() -> None:
         if inbox.end_wanted:
             raise EvaluationInterrupted
 
-    if spec.guard.probe is None:
-        return AgreementProbe(spec.evaluation.batch_size, check)
-    return read_probe(
-        spec.guard.probe, DataRoots(roots), spec.evaluation, examined=True, check=check, cache=job.path
-    )
+    def tell(told: str) -> None:
+        reporter.notice("guard-agreement", told, warning=False)
+
+    return open_probe(spec, DataRoots(roots), examined=True, check=check, tell=tell, cache=job.path)
 
 
 def plan_executions(
