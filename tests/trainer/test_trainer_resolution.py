@@ -225,6 +225,13 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_rounded_with_a_notice(clip: 
     assert "is 50: images are 48 pixels, a multiple of the patch (8)" in remark.message
 
 
+def test_so_is_a_size_of_the_sweep(make_job: MakeJob) -> None:
+    job = make_job(evaluation={"resolutions": [15, 32]})
+    prepared(job)
+    told = [event.event.notice.message for event in job.journal(0) if event.event.HasField("notice")]
+    assert any("evaluation.resolutions[0] is 15: images are 16 pixels" in message for message in told)
+
+
 def test_or_refused_where_exact_was_asked(clip: Clip) -> None:
     with pytest.raises(InvalidInputError, match="multiples of the patch, 8, such as 48 or 56"):
         settled(clip, {"sizes": [50], "exact": True})

@@ -29,12 +29,14 @@ def called(*arguments: str) -> int:
     return verb.run(options)
 
 
-def test_a_table_of_sizes_is_printed_with_the_figures_over_all(
+def test_a_table_of_sizes_is_printed_with_the_figures_over_all_and_what_was_rounded(
     model: Path, tiles: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ["--data", str(tiles / "tiles.csv"), "--set", "data.label_column=label"]
-    assert called(str(model), *data, "--resolutions", "16,32,48", "--latency-budget-ms", "1000") == 0
-    head, columns, *rows, summary = capsys.readouterr().out.strip().splitlines()
+    assert called(str(model), *data, "--resolutions", "16,33,48", "--latency-budget-ms", "1000") == 0
+    printed = capsys.readouterr()
+    assert "resolutions[1] is 33: images are 32 pixels, a multiple of the patch (8)" in printed.err
+    head, columns, *rows, summary = printed.out.strip().splitlines()
     assert head.endswith("zero_shot/auroc")
     assert columns.split() == ["SIZE", "METRIC", "IMAGES/S", "LATENCY", "MEMORY"]
     assert [row.split()[0] for row in rows] == ["16", "32", "48"]

@@ -6,6 +6,7 @@ Enters: a `ResolutionSweep`. Leaves: a PNG file. Called after training and by `c
 from __future__ import annotations
 
 import io
+from itertools import cycle
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,7 @@ from cliptune.sweep import ResolutionSweep
 from cliptune_trainer.evaluation.sweep import sides
 
 _DPI: Final = 110
+_DASHES: Final = (":", "-.", (0, (5, 3)), (0, (1, 4)))
 
 
 def draw_sweep(sweep: ResolutionSweep, title: str, path: Path) -> None:
@@ -31,15 +33,20 @@ def _png(sweep: ResolutionSweep, title: str) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.6), dpi=_DPI, layout="constrained")
     axes = figure.add_subplot()
     pixels = sides(sweep.sizes)
     axes.plot(pixels, [sweep.value(size) for size in sweep.sizes], "o-", color="tab:blue")
-    for name, value in sorted(sweep.degradations.items()):
-        axes.axhline(value, linestyle=":", linewidth=0.8, color="tab:grey")
-        axes.annotate(name, (pixels[0], value), fontsize=7, color="tab:grey", va="bottom")
+    for (name, value), dashes in zip(sorted(sweep.degradations.items()), cycle(_DASHES), strict=False):
+        label = f"{name.replace('_', ' ')}: {value:.3f}"
+        axes.axhline(value, linestyle=dashes, linewidth=0.9, color="tab:grey", label=label)
     if sweep.best is not None:
-        axes.axvline(sides([sweep.best])[0], linestyle="--", linewidth=0.8, color="tab:green")
+        (best,) = sides([sweep.best])
+        label = f"best: {sweep.best.told}"
+        axes.axvline(best, linestyle="--", linewidth=0.9, color="tab:green", label=label)
+    if axes.get_legend_handles_labels()[1]:
+        # Under the picture: lines at any height leave no corner free.
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     axes.set_xticks(pixels, [size.told for size in sweep.sizes])
     axes.set_xlabel("image size in pixels")
     axes.set_ylabel(sweep.main_metric, color="tab:blue")

@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if source_of(options.model) is None:  # a published one: the daemon knows where it lies
         with connect(options) as client:
             folder = client.get_model(options.model).path
-    sweep = measure(message, folder or options.model, device=options.device)
+    sweep = measure(message, folder or options.model, device=options.device, on_remark=note)
     if options.output is not None:
         keep(sweep, options.model, options.output)
         note(f"{options.output}: resolutions.json, resolutions.png")

@@ -7,6 +7,7 @@ by `cliptune eval`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
@@ -17,9 +18,9 @@ from cliptune.errors import DataError
 from cliptune.sweep import ResolutionSweep
 from cliptune.v1 import spec_pb2
 from cliptune_model.clip import Clip, build
-from cliptune_model.image_sizes import fitted
 from cliptune_model.machine.device import choose_device
 from cliptune_model.manifest import MANIFEST_FILE, read_manifest
+from cliptune_model.proven_sizes import Size
 from cliptune_model.source import CONFIG_FOLDER, HF_HUB, LOCAL_DIR, ModelSource
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.forms.columns import Wording
@@ -30,6 +31,8 @@ from cliptune_trainer.evaluation.measure import evaluate
 from cliptune_trainer.evaluation.measurement import Measurement
 from cliptune_trainer.evaluation.sweep import sweep_sizes
 from cliptune_trainer.evaluation.sweep_picture import draw_sweep
+from cliptune_trainer.remark import Remark
+from cliptune_trainer.resolution.rounding import fit_side
 from cliptune_trainer.spec import Spec, from_proto
 
 
@@ -42,13 +45,16 @@ def source_of(name: str) -> ModelSource | None:
     return ModelSource(name=name) if own or name in open_clip.list_models() else None
 
 
-def measure(message: spec_pb2.JobSpec, model: str, *, device: str) -> ResolutionSweep:
+def measure(
+    message: spec_pb2.JobSpec, model: str, *, device: str, on_remark: Callable[[str], None]
+) -> ResolutionSweep:
     """The sweep of a model over the validation rows of a spec.
 
     Args:
         message: its data and evaluation count.
         model: as `source_of` takes it.
         device: "auto", "cpu", "mps", "cuda" or "cuda:N".
+        on_remark: told what is done otherwise than asked, such as a size that is rounded.
 
     Raises:
         DataError: no validation rows, or none that can be judged.
@@ -65,7 +71,14 @@ def measure(message: spec_pb2.JobSpec, model: str, *, device: str) -> Resolution
     )
     if not len(dataset.validation):
         raise DataError("there are no validation rows to measure on")
-    return _swept(spec, clip, dataset, _usual(clip, source))
+    remarks: list[Remark] = []
+    sizes = [
+        fit_side(clip, side, f"evaluation.resolutions[{place}]", remarks)
+        for place, side in enumerate(spec.evaluation.resolutions)
+    ]
+    for remark in remarks:
+        on_remark(remark.message)
+    return _swept(spec, clip, dataset, sizes, _usual(clip, source))
 
 
 def keep(sweep: ResolutionSweep, title: str, folder: Path) -> None:
@@ -75,7 +88,7 @@ def keep(sweep: ResolutionSweep, title: str, folder: Path) -> None:
     draw_sweep(sweep, title, folder / "resolutions.png")
 
 
-def _usual(clip: Clip, source: ModelSource) -> tuple[int, int]:
+def _usual(clip: Clip, source: ModelSource) -> Size:
     """The size that the model is served at."""
     folder = Path(source.name.removeprefix(LOCAL_DIR))
     if not (folder / MANIFEST_FILE).is_file():
@@ -83,13 +96,9 @@ def _usual(clip: Clip, source: ModelSource) -> tuple[int, int]:
     return read_manifest(folder).serving_size or clip.image_size
 
 
-def _swept(spec: Spec, clip: Clip, dataset: Dataset, usual: tuple[int, int]) -> ResolutionSweep:
+def _swept(spec: Spec, clip: Clip, dataset: Dataset, sizes: list[Size], usual: Size) -> ResolutionSweep:
     config, several = spec.evaluation, bool(spec.data.label_separator)
     judging = decide_judging(config, dataset, several_labels=several)
-    sizes = [
-        fitted(clip, (side, side), path=f"evaluation.resolutions[{place}]")
-        for place, side in enumerate(config.resolutions)
-    ]
 
     def at(clip: Clip, degrade: Degrade | None) -> Measurement:
         return evaluate(

@@ -135,6 +135,7 @@ def decide(
     )
     choices += judging.choices
     remarks += judging.remarks
+    sweep = settle_sweep(spec, clip, settled.schedule, remarks)
     return Decisions(
         hardware=hardware,
         batch_size=batch_size,
@@ -146,7 +147,7 @@ def decide(
         workers=int(workers.value),
         exact_decode=decode.value == "exact",
         sizes=settled.schedule,
-        sweep=settle_sweep(spec, clip, settled.schedule),
+        sweep=sweep,
         choices=tuple(choices),
         remarks=tuple(remarks),
     )

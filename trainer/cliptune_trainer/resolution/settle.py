@@ -22,6 +22,7 @@ from cliptune_model.proven_sizes import Size, told
 from cliptune_model.towers.image_tower import image_tower
 from cliptune_trainer.image.augment import Augmentation
 from cliptune_trainer.remark import Remark
+from cliptune_trainer.resolution.rounding import fit_side
 from cliptune_trainer.resolution.schedule import SizeSchedule, Stage
 from cliptune_trainer.spec import Spec, wrong
 from cliptune_trainer.spec.resolution import ResolutionConfig
@@ -61,7 +62,8 @@ def settle_sizes(spec: Spec, clip: Clip, total_steps: int) -> Settled:
     stages = _stages(config, sizes, augment, steps)
     if finish_steps:
         if config.finish_size is not None:
-            target = _fit(clip, config.finish_size, config, remarks, "train.resolution.finish_size")
+            path = "train.resolution.finish_size"
+            target = fit_side(clip, config.finish_size, path, remarks, exact=config.exact)
         mild = augment.scaled(_MILD)
         stages.append(Stage(until=total_steps, sizes=(target,), augmentation=mild))
     stages = [
@@ -77,16 +79,18 @@ def settle_sizes(spec: Spec, clip: Clip, total_steps: int) -> Settled:
     )
 
 
-def settle_sweep(spec: Spec, clip: Clip, schedule: SizeSchedule) -> tuple[Size, ...]:
+def settle_sweep(spec: Spec, clip: Clip, schedule: SizeSchedule, remarks: list[Remark]) -> tuple[Size, ...]:
     """The sizes that the trained model is measured at, the target among them; none: no sweep.
+
+    What was rounded is added to `remarks`.
 
     Raises:
         InvalidInputError: a size that the model cannot take.
     """
     config = spec.evaluation
-    path = "evaluation.resolutions"
     asked = {
-        fitted(clip, (side, side), path=f"{path}[{place}]") for place, side in enumerate(config.resolutions)
+        fit_side(clip, side, f"evaluation.resolutions[{place}]", remarks)
+        for place, side in enumerate(config.resolutions)
     }
     trained = set(schedule.sizes) if len(schedule.sizes) > 1 else set[Size]()
     wanted = asked or trained
@@ -126,7 +130,8 @@ def _sizes(config: ResolutionConfig, clip: Clip, remarks: list[Remark]) -> tuple
     """Fitted to the model, rising."""
     if config.sizes:
         fits = [
-            _fit(clip, side, config, remarks, f"{_PATH}[{place}]") for place, side in enumerate(config.sizes)
+            fit_side(clip, side, f"{_PATH}[{place}]", remarks, exact=config.exact)
+            for place, side in enumerate(config.sizes)
         ]
         if len(set(fits)) < len(fits):
             step = image_tower(clip.model).step[0]
@@ -142,15 +147,6 @@ def _sizes(config: ResolutionConfig, clip: Clip, remarks: list[Remark]) -> tuple
         fitted(clip, (max(int(share * height), step), max(int(share * width), step))) for share in shares
     }
     return tuple(sorted(found))
-
-
-def _fit(clip: Clip, side: int, config: ResolutionConfig, remarks: list[Remark], path: str) -> Size:
-    size = fitted(clip, (side, side), exact=config.exact, path=path)
-    if size != (side, side):
-        down, _ = image_tower(clip.model).step
-        message = f"{path} is {side}: images are {told(size)} pixels, a multiple of the patch ({down})"
-        remarks.append(Remark(code="resolution-rounded", message=message))
-    return size
 
 
 def _target(config: ResolutionConfig, clip: Clip, sizes: tuple[Size, ...]) -> Size:
