@@ -43,15 +43,11 @@ class LeanAttention(nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        heads, weight, bias = self.num_heads, self.in_proj_weight, self.in_proj_bias
+        heads = self.num_heads
         if query is key:
-            projected = F.linear(query, weight, bias).chunk(3, dim=-1)
+            projected = self.projected(query, 0, 3).chunk(3, dim=-1)
         else:
-            width = self.embed_dim
-            projected = (
-                F.linear(query, weight[:width], None if bias is None else bias[:width]),
-                *F.linear(key, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1),
-            )
+            projected = (self.projected(query, 0, 1), *self.projected(key, 1, 3).chunk(2, dim=-1))
         q_BHLE, k_BHLE, v_BHLE = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in projected)
         causal = self.causal and query is key and attn_mask is not None and attn_mask.dim() == 2
         mask = None if causal or attn_mask is None else attn_mask.to(q_BHLE.dtype)
@@ -60,8 +56,20 @@ class LeanAttention(nn.MultiheadAttention):
         out_BHLE = F.scaled_dot_product_attention(
             q_BHLE, k_BHLE, v_BHLE, mask, self.dropout if self.training else 0.0, is_causal=causal
         )
-        out_BLW = out_BHLE.transpose(1, 2).flatten(2)
-        return F.linear(out_BLW, self.out_proj.weight, self.out_proj.bias), None
+        return self.joined(out_BHLE.transpose(1, 2).flatten(2)), None
+
+    def projected(self, x_BLW: Tensor, first: int, last: int) -> Tensor:
+        """[B, L, W] → [B, L, W × parts]: of queries (0), keys (1) and values (2) those below `last`."""
+        weight: Tensor = self.in_proj_weight
+        bias: Tensor | None = self.in_proj_bias
+        if last - first < 3:
+            part = slice(first * self.embed_dim, last * self.embed_dim)
+            weight, bias = weight[part], None if bias is None else bias[part]
+        return F.linear(x_BLW, weight, bias)
+
+    def joined(self, heads_BLW: Tensor) -> Tensor:
+        """[B, L, W] → [B, L, W]: what the heads found, as the module's answer."""
+        return F.linear(heads_BLW, self.out_proj.weight, self.out_proj.bias)
 
 
 class PatchProjection(nn.Conv2d):
@@ -79,8 +87,11 @@ class PatchProjection(nn.Conv2d):
         rows, channels = input.shape[:2]
         grid_BChdwa = input.reshape(rows, channels, h, down, w, across)
         patches_BLK = grid_BChdwa.permute(0, 2, 4, 1, 3, 5).reshape(rows, h * w, -1)
-        tokens_BLW = F.linear(patches_BLK, self.weight.flatten(1), self.bias)
-        return tokens_BLW.transpose(1, 2).view(rows, -1, h, w)
+        return self.projected(patches_BLK).transpose(1, 2).view(rows, -1, h, w)
+
+    def projected(self, patches_BLK: Tensor) -> Tensor:
+        """[B, L, K] → [B, L, W]."""
+        return F.linear(patches_BLK, self.weight.flatten(1), self.bias)
 
 
 class PooledBlock(ResidualAttentionBlock):  # type: ignore[misc]
