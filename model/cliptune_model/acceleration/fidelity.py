@@ -57,9 +57,14 @@ class ServingWay:
     decode: Choice
     decode_cosine: float
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the towers' products; None: fp32."""
+        return _DTYPES.get(self.precision.value)
+
     def autocast(self, device: str) -> Autocast:
         """Around each forward."""
-        dtype = _DTYPES.get(self.precision.value)
+        dtype = self.dtype
         if dtype is None:
             return nullcontext
         return lambda: torch.autocast(torch.device(device).type, dtype=dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from cliptune.cli.connection import (
     add_address,
@@ -47,10 +47,23 @@ def _show(client: Client, options: argparse.Namespace) -> int:
             f" {proven.images_per_second:,.0f} images/s, {proven.latency_ms:.1f} ms"
         )
     print(f"loaded on {model.device}" if model.loaded else "not loaded")
+    for line in _served(model):
+        print(line)
     print(f"{model.path}, {size(model.bytes)}")
     if model.metrics:
         print_table(("METRIC", "VALUE"), metric_rows(model.metrics))
     return 0
+
+
+def _served(model: Model) -> Iterator[str]:
+    """How the engine computes: precision, decoding, towers, and how near that is to the exact way."""
+    if not model.message.HasField("served"):
+        return
+    way = model.message.served
+    cosine = f" (cosine to fp32 {way.precision_cosine:.5f})" if way.precision != "fp32" else ""
+    yield f"served in {way.precision}{cosine}; towers {way.towers}: {way.towers_reason}"
+    if way.decode != "exact":
+        yield f"images decoded {way.decode} (cosine to the exact transform {way.decode_cosine:.5f})"
 
 
 def _print(models: Sequence[Model], *, as_json: bool) -> None:

@@ -87,6 +87,7 @@ class Model(google.protobuf.message.Message):
     SIZES_FIELD_NUMBER: builtins.int
     SERVING_SIZE_FIELD_NUMBER: builtins.int
     TRAFFIC_FIELD_NUMBER: builtins.int
+    SERVED_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.int
     loaded: builtins.bool
@@ -127,6 +128,10 @@ class Model(google.protobuf.message.Message):
     def traffic(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Traffic]:
         """Of each alias that points here and whose requests are shared."""
 
+    @property
+    def served(self) -> global___ServedWay:
+        """How it is served. Not set: not loaded."""
+
     def __init__(
         self,
         *,
@@ -148,11 +153,47 @@ class Model(google.protobuf.message.Message):
         sizes: collections.abc.Iterable[global___ProvenSize] | None = ...,
         serving_size: builtins.int = ...,
         traffic: collections.abc.Mapping[builtins.str, global___Traffic] | None = ...,
+        served: global___ServedWay | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["created", b"created"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "serving_size", b"serving_size", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "sizes", b"sizes", "traffic", b"traffic", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["created", b"created", "served", b"served"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["aliases", b"aliases", "architecture", b"architecture", "bytes", b"bytes", "created", b"created", "device", b"device", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "job_id", b"job_id", "loaded", b"loaded", "metrics", b"metrics", "name", b"name", "path", b"path", "served", b"served", "serving_size", b"serving_size", "similarity", b"similarity", "similarity_parameters", b"similarity_parameters", "sizes", b"sizes", "traffic", b"traffic", "version", b"version"]) -> None: ...
 
 global___Model = Model
+
+@typing.final
+class ServedWay(google.protobuf.message.Message):
+    """How the engine serves a model on its device."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PRECISION_FIELD_NUMBER: builtins.int
+    PRECISION_COSINE_FIELD_NUMBER: builtins.int
+    DECODE_FIELD_NUMBER: builtins.int
+    DECODE_COSINE_FIELD_NUMBER: builtins.int
+    TOWERS_FIELD_NUMBER: builtins.int
+    TOWERS_REASON_FIELD_NUMBER: builtins.int
+    precision: builtins.str
+    """"fp32", "bf16" or "fp16", and the least cosine to fp32 that was measured."""
+    precision_cosine: builtins.float
+    decode: builtins.str
+    """"exact" or "fast", and the least cosine to the exact transform that was measured."""
+    decode_cosine: builtins.float
+    towers: builtins.str
+    """What the towers compute by: "eager" at first; then "packed", "bf16" or "fp16" with frozen weights, or "off"."""
+    towers_reason: builtins.str
+    def __init__(
+        self,
+        *,
+        precision: builtins.str = ...,
+        precision_cosine: builtins.float = ...,
+        decode: builtins.str = ...,
+        decode_cosine: builtins.float = ...,
+        towers: builtins.str = ...,
+        towers_reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_cosine", b"decode_cosine", "precision", b"precision", "precision_cosine", b"precision_cosine", "towers", b"towers", "towers_reason", b"towers_reason"]) -> None: ...
+
+global___ServedWay = ServedWay
 
 @typing.final
 class ProvenSize(google.protobuf.message.Message):

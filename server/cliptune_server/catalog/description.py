@@ -5,12 +5,44 @@ Enters: a published version. Leaves: its message. Called by `models.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
+from typing import Protocol
 
+from cliptune.errors import DeadlineExceededError, UnavailableError
+from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import model_pb2
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel
 from cliptune_server.catalog.registry import Reference
+
+
+class Engines(Protocol):
+    """What is needed of the engine supervisor."""
+
+    def status(self) -> Awaitable[engine_pb2.StatusResponse]:
+        """The engine's own word."""
+
+
+async def look(catalog: LoadedModels, engines: Engines) -> None:
+    """Learn how the engine serves its models now. While there is none, that is not known."""
+    if not any(True for _ in catalog):
+        return
+    try:
+        status = await engines.status()
+    except (UnavailableError, DeadlineExceededError):
+        catalog.ways = {}
+        return
+    catalog.ways = {
+        loaded.key: model_pb2.ServedWay(
+            precision=loaded.precision,
+            precision_cosine=loaded.precision_cosine,
+            decode=loaded.decode,
+            decode_cosine=loaded.decode_cosine,
+            towers=loaded.towers,
+            towers_reason=loaded.towers_reason,
+        )
+        for loaded in status.models
+    }
 
 
 def message_of(model: PublishedModel, catalog: LoadedModels, device: str) -> model_pb2.Model:
@@ -34,6 +66,8 @@ def message_of(model: PublishedModel, catalog: LoadedModels, device: str) -> mod
         path=str(model.path),
         device=device if loaded else "",
     )
+    if loaded and (way := catalog.ways.get(model.key)) is not None:
+        message.served.CopyFrom(way)
     for alias in message.aliases:
         if (traffic := catalog.traffic_of(Reference(name=model.name, alias=alias))).versions:
             message.traffic[alias].CopyFrom(traffic.message())

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 
 from cliptune.errors import InvalidInputError, ModelStateError, UnavailableError
+from cliptune.v1 import model_pb2
 from cliptune_server.catalog.model_files import PublishedModel
 from cliptune_server.catalog.registry import Reference, Registry
 from cliptune_server.catalog.traffic import Rules, Traffic
@@ -35,6 +36,8 @@ class LoadedModels:
         self.traffic: Rules = {}
         """How the requests for aliases are shared among versions."""
         self._place = place
+        self.ways: dict[str, model_pb2.ServedWay] = {}
+        """How the engine serves its models, by key, when it was last asked."""
 
     def __contains__(self, key: str) -> bool:
         return key in self._models

@@ -29,7 +29,7 @@ from cliptune.internal.v1 import engine_pb2
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
 from cliptune_server.catalog.changes import Changes
 from cliptune_server.catalog.default_model import take_in
-from cliptune_server.catalog.description import message_of
+from cliptune_server.catalog.description import look, message_of
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel, check_name
 from cliptune_server.catalog.registry import Reference, Registry
@@ -151,11 +151,14 @@ class Models:
         if request.name:
             check_name(request.name)
         models = await self._registry.models(request.name)
+        await look(self.catalog, self._engines)
         return model_pb2.ListModelsResponse(models=[self._message(model) for model in models])
 
     async def get(self, reference: str) -> model_pb2.Model:
         """One version. `ModelNotFoundError`."""
-        return self._message(await self._registry.find(Reference.parse(reference)))
+        model = await self._registry.find(Reference.parse(reference))
+        await look(self.catalog, self._engines)
+        return self._message(model)
 
     async def load(self, reference: str) -> model_pb2.Model:
         """Serve a reference; a version that is loaded already is not loaded again."""

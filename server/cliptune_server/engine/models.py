@@ -36,6 +36,7 @@ from cliptune_model.machine.proofs import Proofs
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
+from cliptune_server.engine.readying import Readying
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.sizes import ImageSizes
 from cliptune_server.engine.spans import Caller
@@ -57,6 +58,7 @@ class ServedModel:
     key: str
     path: str
     clip: Clip
+    towers: Towers
     images: Lane
     texts: Lane
     scores: Scores
@@ -92,6 +94,8 @@ class ServedModel:
             precision_cosine=self.way.precision_cosine,
             decode=self.way.decode.value,
             decode_cosine=self.way.decode_cosine,
+            towers=self.towers.form.value,
+            towers_reason=self.towers.form.reason,
         )
 
 
@@ -135,9 +139,11 @@ class ModelSet:
         self._models: dict[str, ServedModel] = {}
         self._loader: Final = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._loading: Final = asyncio.Lock()
+        self.readying: Final = Readying()
 
     def close(self) -> None:
-        """Ends the loading thread."""
+        """Ends the threads that load and make ready."""
+        self.readying.close()
         self._loader.shutdown(wait=False, cancel_futures=True)
 
     def describe(self) -> list[engine_pb2.LoadedModel]:
@@ -191,6 +197,7 @@ class ModelSet:
                 raise
             model.load_seconds = time.perf_counter() - began_s
             self._models[key] = model
+            self.readying.begin(key, model.towers.freeze)
             _log.info("model %s is loaded", key, extra={"path": path, "seconds": model.load_seconds})
             return model
 
@@ -201,6 +208,7 @@ class ModelSet:
             model.unused.clear()
         if model.users:
             await model.unused.wait()
+        await self.readying.end(key)
         self._close(model)
         _log.info("model %s is unloaded", key)
 
@@ -235,6 +243,7 @@ class ModelSet:
             key=key,
             path=path,
             clip=towers.clip,
+            towers=towers,
             images=self._batcher.open(key, "image", towers.images, towers.stack),
             texts=self._batcher.open(key, "text", towers.texts, towers.stack),
             sizes=read.sizes,
@@ -275,7 +284,7 @@ class ModelSet:
             fast=way.decode.value == "fast",
         )
         return _Read(
-            towers=Towers(clip, way.autocast(self.device)),
+            towers=Towers(clip, way.autocast(self.device), way.dtype),
             base=base,
             way=way,
             trained_dims=manifest.matryoshka_dims if manifest else (),

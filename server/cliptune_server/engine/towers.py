@@ -1,15 +1,17 @@
 """The two towers of a loaded CLIP, as the batcher's forwards.
 
 Enters: preprocessed images or tokens, stacked, on the CPU. Leaves: features as numpy, of unit length where
-the model's similarity looks at directions alone. Called on the device's thread only, but for `stack`.
-Computed in fp32 and in inference mode, so that a vector equals plain open_clip's to rounding.
+the model's similarity looks at directions alone. Called on the device's thread only, but for `stack` and
+`freeze`. Computed in inference mode and, unless a lower precision was found near enough, in fp32, so that a
+vector equals plain open_clip's to rounding.
 
 Shape suffixes: N items, C channels, H height, W width, L tokens, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Final
 
@@ -20,16 +22,31 @@ from torch import Tensor
 
 from cliptune.errors import OverloadedError
 from cliptune_model.acceleration.fidelity import Autocast
+from cliptune_model.acceleration.frozen import freeze
+from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
+from cliptune_model.machine.device import free_memory_bytes
+
+_log = logging.getLogger(__name__)
 
 
 class Towers:
-    """Forwards of one model."""
+    """Forwards of one model.
 
-    def __init__(self, clip: Clip, autocast: Autocast = nullcontext) -> None:
-        """`autocast`: around each forward, where a lower precision was found near enough."""
+    Attributes:
+        clip: as it was loaded.
+        form: what the forwards compute by, and why; they change it once, to another with the same results.
+    """
+
+    def __init__(
+        self, clip: Clip, autocast: Autocast = nullcontext, dtype: torch.dtype | None = None
+    ) -> None:
+        """`autocast`: around each forward, where a lower precision (`dtype`) was found near enough."""
         self.clip: Final = clip
+        self.form = Choice(subject="frozen_towers", value="eager", reason="a faster form is being made")
+        self._serving = clip
         self._autocast: Final = autocast
+        self._dtype: Final = dtype
         self._device: Final = clip.device
         clip.model.eval().requires_grad_(False)
         clip.similarity.eval().requires_grad_(False)
@@ -45,13 +62,28 @@ class Towers:
             stacked = torch.stack(list(rows))
         return stacked.pin_memory() if self._device.type == "cuda" else stacked
 
+    def freeze(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Serve by frozen weights from the next forward on, if they prove themselves and there is room.
+
+        Runs beside forwards. `stopped`: asked now and then; True ends it.
+        """
+        frozen = freeze(
+            self.clip,
+            dtype=self._dtype,
+            autocast=self._autocast,
+            room_bytes=free_memory_bytes(str(self._device)),
+            stopped=stopped,
+        )
+        self._serving, self.form = frozen.clip, frozen.choice
+        _log.info("%s = %s: %s", frozen.choice.subject, frozen.choice.value, frozen.choice.reason)
+
     @torch.inference_mode()
     def images(self, images_NCHW: Tensor) -> npt.NDArray[np.float32]:
         """[N, 3, H, W] → [N, D]."""
         try:
             on_device_NCHW = images_NCHW.to(self._device, non_blocking=True)
             with self._autocast():
-                features_ND = self.clip.encode_images(on_device_NCHW)
+                features_ND = self._serving.encode_images(on_device_NCHW)
             return self._numpy(features_ND)
         except RuntimeError as error:
             raise _told(error) from error
@@ -62,7 +94,7 @@ class Towers:
         try:
             on_device_NL = tokens_NL.to(self._device, non_blocking=True)
             with self._autocast():
-                features_ND = self.clip.encode_texts(on_device_NL)
+                features_ND = self._serving.encode_texts(on_device_NL)
             return self._numpy(features_ND)
         except RuntimeError as error:
             raise _told(error) from error

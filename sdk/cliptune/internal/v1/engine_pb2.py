@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from cliptune.v1 import inference_pb2 as cliptune_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cliptune/internal/v1/engine.proto\x12\x14\x63liptune.internal.v1\x1a\x1b\x63liptune/v1/inference.proto\"(\n\x0bLoadRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"@\n\x0cLoadResponse\x12\x30\n\x05model\x18\x01 \x01(\x0b\x32!.cliptune.internal.v1.LoadedModel\"\xd2\x01\n\x0bLoadedModel\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rembedding_dim\x18\x03 \x01(\x05\x12\x12\n\nimage_size\x18\x04 \x01(\x05\x12\x13\n\x0blogit_scale\x18\x05 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x06 \x01(\x01\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x18\n\x10precision_cosine\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\t \x01(\t\x12\x15\n\rdecode_cosine\x18\n \x01(\x01\"\x1c\n\rUnloadRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x0f\n\rCanaryRequest\"!\n\x0e\x43\x61naryResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x0f\n\rStatusRequest\"\xcc\x02\n\x0eStatusResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x31\n\x06models\x18\x02 \x03(\x0b\x32!.cliptune.internal.v1.LoadedModel\x12\x31\n\x06queues\x18\x03 \x03(\x0b\x32!.cliptune.internal.v1.QueueStatus\x12\x17\n\x0frunning_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13stall_limit_seconds\x18\x05 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x07 \x01(\x01\x12\x15\n\rdecoded_items\x18\x08 \x01(\x03\x12\x15\n\rshed_requests\x18\t \x01(\x03\x12\x30\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32!.cliptune.internal.v1.CacheStatus\":\n\x0b\x43\x61\x63heStatus\x12\x0c\n\x04hits\x18\x01 \x01(\x03\x12\x0e\n\x06misses\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\"\xe3\x01\n\x0bQueueStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05tower\x18\x02 \x01(\t\x12\x15\n\rwaiting_items\x18\x03 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x03\x12\r\n\x05items\x18\x05 \x01(\x03\x12\x17\n\x0f\x66orward_seconds\x18\x06 \x01(\x01\x12\x16\n\x0eoldest_seconds\x18\x07 \x01(\x01\x12\x11\n\tpositions\x18\x08 \x01(\x03\x12\x0f\n\x07padding\x18\t \x01(\x03\x12\x15\n\rexpired_items\x18\n \x01(\x03\x12\x13\n\x0b\x62\x61tch_sizes\x18\x0b \x03(\x03\x32\xe5\x05\n\rEngineService\x12P\n\x0b\x45mbedImages\x12\x1f.cliptune.v1.EmbedImagesRequest\x1a .cliptune.v1.EmbedImagesResponse\x12M\n\nEmbedTexts\x12\x1e.cliptune.v1.EmbedTextsRequest\x1a\x1f.cliptune.v1.EmbedTextsResponse\x12M\n\nSimilarity\x12\x1e.cliptune.v1.SimilarityRequest\x1a\x1f.cliptune.v1.SimilarityResponse\x12M\n\nScorePairs\x12\x1e.cliptune.v1.ScorePairsRequest\x1a\x1f.cliptune.v1.ScorePairsResponse\x12G\n\x08\x43lassify\x12\x1c.cliptune.v1.ClassifyRequest\x1a\x1d.cliptune.v1.ClassifyResponse\x12M\n\x04Load\x12!.cliptune.internal.v1.LoadRequest\x1a\".cliptune.internal.v1.LoadResponse\x12S\n\x06Unload\x12#.cliptune.internal.v1.UnloadRequest\x1a$.cliptune.internal.v1.UnloadResponse\x12S\n\x06\x43\x61nary\x12#.cliptune.internal.v1.CanaryRequest\x1a$.cliptune.internal.v1.CanaryResponse\x12S\n\x06Status\x12#.cliptune.internal.v1.StatusRequest\x1a$.cliptune.internal.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cliptune/internal/v1/engine.proto\x12\x14\x63liptune.internal.v1\x1a\x1b\x63liptune/v1/inference.proto\"(\n\x0bLoadRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"@\n\x0cLoadResponse\x12\x30\n\x05model\x18\x01 \x01(\x0b\x32!.cliptune.internal.v1.LoadedModel\"\xf9\x01\n\x0bLoadedModel\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rembedding_dim\x18\x03 \x01(\x05\x12\x12\n\nimage_size\x18\x04 \x01(\x05\x12\x13\n\x0blogit_scale\x18\x05 \x01(\x01\x12\x14\n\x0cload_seconds\x18\x06 \x01(\x01\x12\x11\n\tprecision\x18\x07 \x01(\t\x12\x18\n\x10precision_cosine\x18\x08 \x01(\x01\x12\x0e\n\x06\x64\x65\x63ode\x18\t \x01(\t\x12\x15\n\rdecode_cosine\x18\n \x01(\x01\x12\x0e\n\x06towers\x18\x0b \x01(\t\x12\x15\n\rtowers_reason\x18\x0c \x01(\t\"\x1c\n\rUnloadRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\"\x10\n\x0eUnloadResponse\"\x0f\n\rCanaryRequest\"!\n\x0e\x43\x61naryResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"\x0f\n\rStatusRequest\"\xcc\x02\n\x0eStatusResponse\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x31\n\x06models\x18\x02 \x03(\x0b\x32!.cliptune.internal.v1.LoadedModel\x12\x31\n\x06queues\x18\x03 \x03(\x0b\x32!.cliptune.internal.v1.QueueStatus\x12\x17\n\x0frunning_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13stall_limit_seconds\x18\x05 \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x03\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x07 \x01(\x01\x12\x15\n\rdecoded_items\x18\x08 \x01(\x03\x12\x15\n\rshed_requests\x18\t \x01(\x03\x12\x30\n\x05\x63\x61\x63he\x18\n \x01(\x0b\x32!.cliptune.internal.v1.CacheStatus\":\n\x0b\x43\x61\x63heStatus\x12\x0c\n\x04hits\x18\x01 \x01(\x03\x12\x0e\n\x06misses\x18\x02 \x01(\x03\x12\r\n\x05\x62ytes\x18\x03 \x01(\x03\"\xe3\x01\n\x0bQueueStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05tower\x18\x02 \x01(\t\x12\x15\n\rwaiting_items\x18\x03 \x01(\x03\x12\x0f\n\x07\x62\x61tches\x18\x04 \x01(\x03\x12\r\n\x05items\x18\x05 \x01(\x03\x12\x17\n\x0f\x66orward_seconds\x18\x06 \x01(\x01\x12\x16\n\x0eoldest_seconds\x18\x07 \x01(\x01\x12\x11\n\tpositions\x18\x08 \x01(\x03\x12\x0f\n\x07padding\x18\t \x01(\x03\x12\x15\n\rexpired_items\x18\n \x01(\x03\x12\x13\n\x0b\x62\x61tch_sizes\x18\x0b \x03(\x03\x32\xe5\x05\n\rEngineService\x12P\n\x0b\x45mbedImages\x12\x1f.cliptune.v1.EmbedImagesRequest\x1a .cliptune.v1.EmbedImagesResponse\x12M\n\nEmbedTexts\x12\x1e.cliptune.v1.EmbedTextsRequest\x1a\x1f.cliptune.v1.EmbedTextsResponse\x12M\n\nSimilarity\x12\x1e.cliptune.v1.SimilarityRequest\x1a\x1f.cliptune.v1.SimilarityResponse\x12M\n\nScorePairs\x12\x1e.cliptune.v1.ScorePairsRequest\x1a\x1f.cliptune.v1.ScorePairsResponse\x12G\n\x08\x43lassify\x12\x1c.cliptune.v1.ClassifyRequest\x1a\x1d.cliptune.v1.ClassifyResponse\x12M\n\x04Load\x12!.cliptune.internal.v1.LoadRequest\x1a\".cliptune.internal.v1.LoadResponse\x12S\n\x06Unload\x12#.cliptune.internal.v1.UnloadRequest\x1a$.cliptune.internal.v1.UnloadResponse\x12S\n\x06\x43\x61nary\x12#.cliptune.internal.v1.CanaryRequest\x1a$.cliptune.internal.v1.CanaryResponse\x12S\n\x06Status\x12#.cliptune.internal.v1.StatusRequest\x1a$.cliptune.internal.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOADRESPONSE']._serialized_start=130
   _globals['_LOADRESPONSE']._serialized_end=194
   _globals['_LOADEDMODEL']._serialized_start=197
-  _globals['_LOADEDMODEL']._serialized_end=407
-  _globals['_UNLOADREQUEST']._serialized_start=409
-  _globals['_UNLOADREQUEST']._serialized_end=437
-  _globals['_UNLOADRESPONSE']._serialized_start=439
-  _globals['_UNLOADRESPONSE']._serialized_end=455
-  _globals['_CANARYREQUEST']._serialized_start=457
-  _globals['_CANARYREQUEST']._serialized_end=472
-  _globals['_CANARYRESPONSE']._serialized_start=474
-  _globals['_CANARYRESPONSE']._serialized_end=507
-  _globals['_STATUSREQUEST']._serialized_start=509
-  _globals['_STATUSREQUEST']._serialized_end=524
-  _globals['_STATUSRESPONSE']._serialized_start=527
-  _globals['_STATUSRESPONSE']._serialized_end=859
-  _globals['_CACHESTATUS']._serialized_start=861
-  _globals['_CACHESTATUS']._serialized_end=919
-  _globals['_QUEUESTATUS']._serialized_start=922
-  _globals['_QUEUESTATUS']._serialized_end=1149
-  _globals['_ENGINESERVICE']._serialized_start=1152
-  _globals['_ENGINESERVICE']._serialized_end=1893
+  _globals['_LOADEDMODEL']._serialized_end=446
+  _globals['_UNLOADREQUEST']._serialized_start=448
+  _globals['_UNLOADREQUEST']._serialized_end=476
+  _globals['_UNLOADRESPONSE']._serialized_start=478
+  _globals['_UNLOADRESPONSE']._serialized_end=494
+  _globals['_CANARYREQUEST']._serialized_start=496
+  _globals['_CANARYREQUEST']._serialized_end=511
+  _globals['_CANARYRESPONSE']._serialized_start=513
+  _globals['_CANARYRESPONSE']._serialized_end=546
+  _globals['_STATUSREQUEST']._serialized_start=548
+  _globals['_STATUSREQUEST']._serialized_end=563
+  _globals['_STATUSRESPONSE']._serialized_start=566
+  _globals['_STATUSRESPONSE']._serialized_end=898
+  _globals['_CACHESTATUS']._serialized_start=900
+  _globals['_CACHESTATUS']._serialized_end=958
+  _globals['_QUEUESTATUS']._serialized_start=961
+  _globals['_QUEUESTATUS']._serialized_end=1188
+  _globals['_ENGINESERVICE']._serialized_start=1191
+  _globals['_ENGINESERVICE']._serialized_end=1932
 # @@protoc_insertion_point(module_scope)

@@ -63,6 +63,8 @@ class LoadedModel(google.protobuf.message.Message):
     PRECISION_COSINE_FIELD_NUMBER: builtins.int
     DECODE_FIELD_NUMBER: builtins.int
     DECODE_COSINE_FIELD_NUMBER: builtins.int
+    TOWERS_FIELD_NUMBER: builtins.int
+    TOWERS_REASON_FIELD_NUMBER: builtins.int
     key: builtins.str
     path: builtins.str
     embedding_dim: builtins.int
@@ -75,6 +77,9 @@ class LoadedModel(google.protobuf.message.Message):
     decode: builtins.str
     """"exact" or "fast", and the least cosine to the exact transform that was measured."""
     decode_cosine: builtins.float
+    towers: builtins.str
+    """What the towers compute by: "eager", "packed", "bf16", "fp16", or "off": as they were loaded. And why."""
+    towers_reason: builtins.str
     def __init__(
         self,
         *,
@@ -88,8 +93,10 @@ class LoadedModel(google.protobuf.message.Message):
         precision_cosine: builtins.float = ...,
         decode: builtins.str = ...,
         decode_cosine: builtins.float = ...,
+        towers: builtins.str = ...,
+        towers_reason: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_cosine", b"decode_cosine", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "key", b"key", "load_seconds", b"load_seconds", "logit_scale", b"logit_scale", "path", b"path", "precision", b"precision", "precision_cosine", b"precision_cosine"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decode", b"decode", "decode_cosine", b"decode_cosine", "embedding_dim", b"embedding_dim", "image_size", b"image_size", "key", b"key", "load_seconds", b"load_seconds", "logit_scale", b"logit_scale", "path", b"path", "precision", b"precision", "precision_cosine", b"precision_cosine", "towers", b"towers", "towers_reason", b"towers_reason"]) -> None: ...
 
 global___LoadedModel = LoadedModel
 
