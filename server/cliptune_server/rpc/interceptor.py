@@ -55,7 +55,7 @@ class AroundInterceptor(ABC, grpc.aio.ServerInterceptor):
         streams = bool(handler.request_streaming or handler.response_streaming)
         method = Method(service=service, name=name, streams=streams)
         wrap = self._stream if handler.response_streaming else self._unary
-        kind = _KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
+        kind = KINDS[bool(handler.request_streaming), bool(handler.response_streaming)]
         behaviour = getattr(handler, kind)
         make = getattr(grpc, f"{kind}_rpc_method_handler")
         return cast(
@@ -84,7 +84,7 @@ class AroundInterceptor(ABC, grpc.aio.ServerInterceptor):
         return call
 
 
-_KINDS = {
+KINDS = {
     (False, False): "unary_unary",
     (False, True): "unary_stream",
     (True, False): "stream_unary",

@@ -30,6 +30,7 @@ from cliptune_server.config import Limits
 from cliptune_server.readiness import Readiness
 from cliptune_server.rpc.errors import ErrorInterceptor
 from cliptune_server.rpc.health import HealthServicer
+from cliptune_server.rpc.readable import ReadableMessages
 from cliptune_server.rpc.telemetry import TelemetryInterceptor
 
 SERVICES: Final = (
@@ -55,7 +56,8 @@ class RpcServer:
     ) -> None:
         self._errors = ErrorInterceptor()
         self.server: Final = grpc.aio.server(
-            interceptors=(TelemetryInterceptor(observe), self._errors), options=_options(limits)
+            interceptors=(TelemetryInterceptor(observe), self._errors, ReadableMessages()),
+            options=_options(limits),
         )
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(readiness), self.server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
