@@ -44,6 +44,23 @@ def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def job_on(
+    tiles: Path, folder: Path, name: str = "job", root: Path | None = None, **parts: Any
+) -> TrainerJob:
+    """A job on the tiles, in a folder of `folder`; keyword arguments replace parts of its spec."""
+    spec: dict[str, Any] = {
+        "name": name,
+        "model": {"name": "cliptune-test-vit"},
+        "data": {"train": str(tiles / "tiles.csv"), "label_column": "label", "augmentation": "crop"},
+        "train": {"epochs": 5, "batch_size": 8, "learning_rate": 1e-3, "seed": 3},
+        "checkpoint": {"every_steps": 4},
+        "resources": {"device": "cpu", "threads": 1},
+    }
+    for part, values in parts.items():
+        spec[part] = {**spec.get(part, {}), **values}
+    return TrainerJob(folder / name, root or tiles, spec)
+
+
 @pytest.fixture
 def make_job(tmp_path: Path, tiles: Path) -> Iterator[MakeJob]:
     """Makes a job on the tiles; keyword arguments replace parts of its spec."""
@@ -51,17 +68,7 @@ def make_job(tmp_path: Path, tiles: Path) -> Iterator[MakeJob]:
     jobs: list[TrainerJob] = []
 
     def make(name: str = "job", root: Path = tiles, **parts: dict[str, Any]) -> TrainerJob:
-        spec: dict[str, Any] = {
-            "name": name,
-            "model": {"name": "cliptune-test-vit"},
-            "data": {"train": str(tiles / "tiles.csv"), "label_column": "label", "augmentation": "crop"},
-            "train": {"epochs": 5, "batch_size": 8, "learning_rate": 1e-3, "seed": 3},
-            "checkpoint": {"every_steps": 4},
-            "resources": {"device": "cpu", "threads": 1},
-        }
-        for part, values in parts.items():
-            spec[part] = {**spec.get(part, {}), **values}
-        jobs.append(TrainerJob(tmp_path / name, root, spec))
+        jobs.append(job_on(tiles, tmp_path, name, root, **parts))
         return jobs[-1]
 
     yield make

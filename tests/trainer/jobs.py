@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +28,13 @@ class TrainerJob:
         (path / "spec.json").write_text(json.dumps(spec))
         self.folder = JobFolder(path)
         self._processes: list[subprocess.Popen[bytes]] = []
+
+    def copied(self, path: Path) -> TrainerJob:
+        """Another job that has come as far as this one."""
+        shutil.copytree(self.path, path)
+        other = copy.copy(self)
+        other.path, other.folder, other._processes = path, JobFolder(path), []
+        return other
 
     def forget(self, part: str, field: str) -> None:
         """Leaves a field of the spec to its default."""

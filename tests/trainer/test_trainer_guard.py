@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cliptune_trainer.guard.agreement import AGREEMENT, AgreementProbe, correlat
 from cliptune_trainer.guard.curve import Point, choose
 from cliptune_trainer.guard.drawings import drawings
 from cliptune_trainer.guard.mean import RunningMean
+from cliptune_trainer.guard.measure import decide_guard
 from cliptune_trainer.guard.probe import sampled
 from cliptune_trainer.guard.start import StartingWeights, changing, put_in
 from cliptune_trainer.guard.words import everyday_texts
@@ -32,12 +34,16 @@ from cliptune_trainer.preflight import prepare
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.reporting.journal import Journal
+from cliptune_trainer.steps.optim import takes_decay
 from cliptune_trainer.training.checkpoint import checkpoints, load_state
 from cliptune_trainer.training.run import run
-from tests.trainer.conftest import MakeJob
+from tests.trainer.conftest import MakeJob, job_on
 from tests.trainer.jobs import TrainerJob
 
 SHORT = {"epochs": 2, "batch_size": 8, "learning_rate": 3e-3}
+BRIEF = {"epochs": 1, "batch_size": 16, "learning_rate": 3e-3}
+# What random weights know of the embedded pictures is nothing: they need not be asked.
+AGREED = {"probe": {"data": "agreement"}}
 TWO = "image,caption\n0.png,one\n1.png,two\n"
 LEAN = {"every_epochs": 0, "bootstrap_samples": 20}
 
@@ -109,30 +115,63 @@ def close(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 # -- a guarded job
 
 
+@pytest.fixture(scope="module")
+def guarded(tiles: Path, start: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainerJob:
+    """A job that has ended, with all that a guard has: not to be changed."""
+    job = job_on(
+        tiles,
+        tmp_path_factory.mktemp("guarded"),
+        model={"name": f"local-dir:{start}"},
+        train=SHORT,
+        evaluation=LEAN,
+        guard={**AGREED, "points": [0.25, 0.5], "tolerance": 1.0, "ema_decay": 0.9, "l2_sp": 5.0},
+    )
+    task(job)
+    torch.use_deterministic_algorithms(False)
+    return job
+
+
+def mean_of(job: TrainerJob) -> dict[str, Tensor]:
+    """The running mean, from the last checkpoint."""
+    tensors = load_state(checkpoints(job.folder.checkpoints)[0]).tensors
+    return {
+        name.removeprefix("guard/mean/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith("guard/mean/")
+    }
+
+
+def first_weights(job: TrainerJob) -> StartingWeights:
+    first = StartingWeights.read(job.folder.starting_weights)
+    assert first is not None
+    return first
+
+
 def test_a_pretrained_model_is_guarded_unless_asked_otherwise_and_random_weights_are_not(
     make_job: MakeJob, start: Path
 ) -> None:
-    def decision(job: TrainerJob) -> job_pb2.Decision:
-        (plan,) = [event.event.plan for event in task(job, 0) if event.event.HasField("plan")]
-        return {entry.subject: entry for entry in plan.decisions}["guard"]
-
     model = {"name": f"local-dir:{start}"}
-    on = decision(make_job("on", model=model))
+    job = make_job("on", model=model, guard=AGREED)
+    (plan,) = [event.event.plan for event in task(job, 0) if event.event.HasField("plan")]
+    on = {entry.subject: entry for entry in plan.decisions}["guard"]
     assert on.choice == "on"
     assert "agreement" in on.reason
-    off = decision(make_job("off", model=model, guard={"off": True}))
-    assert (off.choice, off.reason) == ("off", "asked for")
-    assert "random weights" in decision(make_job("random")).reason
-    assert "published" in decision(make_job("skip", model=model, publish={"skip": True})).reason
+
+    def off(job: TrainerJob) -> str:
+        spec = job.folder.spec()
+        choice = decide_guard(spec, build(spec.model))
+        assert choice.value == "off"
+        return choice.reason
+
+    assert off(make_job("off", model=model, guard={"off": True})) == "asked for"
+    assert "random weights" in off(make_job("random"))
+    assert "published" in off(make_job("skip", model=model, publish={"skip": True}))
 
 
 def test_the_published_model_is_the_chosen_point_and_its_manifest_says_which(
-    make_job: MakeJob, start: Path
+    guarded: TrainerJob, start: Path
 ) -> None:
-    guard = {"points": [0.25, 0.5], "tolerance": 1.0}
-    job = make_job(model={"name": f"local-dir:{start}"}, train=SHORT, evaluation=LEAN, guard=guard)
-    events = task(job)
-    before, after = evaluations(events)
+    before, after = evaluations(guarded.journal(1))
     assert before.general.main_metric == AGREEMENT
     assert before.general.metrics[AGREEMENT] == pytest.approx(1.0)
     assert before.general.loss == 0.0
@@ -147,24 +186,59 @@ def test_the_published_model_is_the_chosen_point_and_its_manifest_says_which(
     assert chosen.domain == max(point.domain for point in curve.points)
     assert after.metrics[after.main_metric] == pytest.approx(chosen.domain)
     assert after.general.loss == pytest.approx(chosen.general_loss)
-    record = read_manifest(job.folder.export).guard
+    record = read_manifest(guarded.folder.export).guard
     assert record["share"] == chosen.share
     assert record["general_loss"] == pytest.approx(chosen.general_loss)
-    assert job.notices(1)["guard-chose"] == curve.reason
-    first = StartingWeights.read(job.folder.starting_weights)
-    assert first is not None
+    assert guarded.notices(1)["guard-chose"] == curve.reason
+    first = first_weights(guarded)
     assert close(first.whole(), weights(load_exported(start)))
-    assert close(published(job), first.between(tuned(job), chosen.share))
-    with Image.open(job.path / curve.picture) as drawn:
+    assert close(published(guarded), first.between(mean_of(guarded), chosen.share))
+    with Image.open(guarded.path / curve.picture) as drawn:
         assert drawn.format == "PNG"
         assert np.asarray(drawn.convert("L")).std() > 10
+
+
+def test_a_mean_of_the_weights_is_what_is_measured_and_published(guarded: TrainerJob) -> None:
+    curve = evaluations(guarded.journal(1))[-1].guard
+    assert curve.ema_decay == 0.9
+    mean, last, share = mean_of(guarded), tuned(guarded), curve.points[curve.chosen].share
+    assert share > 0
+    assert not close(mean, last)
+    first = first_weights(guarded)
+    assert close(published(guarded), first.between(mean, share))
+    assert not close(published(guarded), first.between(last, share))
+
+
+def test_a_run_that_was_killed_and_resumed_publishes_the_same_bits(
+    guarded: TrainerJob, tmp_path: Path
+) -> None:
+    killed = guarded.copied(tmp_path / "killed")
+    shutil.rmtree(
+        checkpoints(killed.folder.checkpoints)[0]
+    )  # as if the attempt had died before it was written
+    shutil.rmtree(killed.folder.export)
+    again = evaluations(task(killed, 2))[-1].guard
+    assert again == evaluations(guarded.journal(1))[-1].guard
+    ours, theirs = published(killed), published(guarded)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_lost_starting_weights_are_told_and_the_last_weights_published(
+    guarded: TrainerJob, tmp_path: Path
+) -> None:
+    job = guarded.copied(tmp_path / "lost")
+    job.folder.starting_weights.write_bytes(b"damaged")
+    shutil.rmtree(checkpoints(job.folder.checkpoints)[0])
+    task(job, 2)
+    assert "is gone or damaged" in job.notices(2)["guard-lost"]
+    assert close(published(job), tuned(job))
 
 
 def test_a_tolerance_of_nothing_publishes_the_starting_weights_and_warns(
     make_job: MakeJob, start: Path
 ) -> None:
-    guard = {"points": [0.5], "tolerance": 0.0}
-    job = make_job(model={"name": f"local-dir:{start}"}, train=SHORT, evaluation=LEAN, guard=guard)
+    guard = {**AGREED, "points": [0.5], "tolerance": 0.0}
+    job = make_job(model={"name": f"local-dir:{start}"}, train=BRIEF, evaluation=LEAN, guard=guard)
     after = evaluations(task(job))[-1]
     assert after.guard.chosen == 0
     assert "every other point loses more" in after.guard.reason
@@ -176,7 +250,7 @@ def test_a_tolerance_of_nothing_publishes_the_starting_weights_and_warns(
 def test_without_a_guard_the_last_weights_are_published_and_nothing_general_is_told(
     make_job: MakeJob, start: Path
 ) -> None:
-    job = make_job(model={"name": f"local-dir:{start}"}, train=SHORT, evaluation=LEAN, guard={"off": True})
+    job = make_job(model={"name": f"local-dir:{start}"}, train=BRIEF, evaluation=LEAN, guard={"off": True})
     after = evaluations(task(job))[-1]
     assert not after.HasField("general")
     assert not after.HasField("guard")
@@ -185,81 +259,19 @@ def test_without_a_guard_the_last_weights_are_published_and_nothing_general_is_t
     assert not job.folder.starting_weights.exists()
 
 
-def test_a_run_that_was_killed_and_resumed_publishes_the_same_bits(make_job: MakeJob, start: Path) -> None:
-    parts: dict[str, Any] = {
-        "model": {"name": f"local-dir:{start}"},
-        "train": SHORT,
-        "evaluation": LEAN,
-        "guard": {"points": [0.5], "tolerance": 1.0, "ema_decay": 0.9, "l2_sp": 5.0},
-    }
-    whole = make_job("whole", **parts)
-    curve = evaluations(task(whole))[-1].guard
-    killed = make_job("killed", **parts)
-    task(killed)
-    for folder in checkpoints(killed.folder.checkpoints)[:1]:
-        for file in sorted(folder.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        folder.rmdir()  # as if the attempt had died before it was written
-    again = evaluations(task(killed, 2))[-1].guard
-    assert again == curve
-    ours, theirs = published(killed), published(whole)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_a_mean_of_the_weights_is_what_is_measured_and_published(make_job: MakeJob, start: Path) -> None:
-    guard = {"points": [0.5], "tolerance": 1.0, "ema_decay": 0.99}
-    job = make_job(model={"name": f"local-dir:{start}"}, train=SHORT, evaluation=LEAN, guard=guard)
-    curve = evaluations(task(job))[-1].guard
-    assert curve.ema_decay == 0.99
-    tensors = load_state(checkpoints(job.folder.checkpoints)[0]).tensors
-    mean = {
-        name.removeprefix("guard/mean/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith("guard/mean/")
-    }
-    assert not close(mean, tuned(job))
-    first = StartingWeights.read(job.folder.starting_weights)
-    assert first is not None
-    assert close(published(job), first.between(mean, curve.points[curve.chosen].share))
-
-
-def test_weights_are_drawn_to_where_they_started_the_more_the_stronger(
+def test_weights_are_drawn_to_where_they_started_by_the_strength_times_the_learning_rate(
     make_job: MakeJob, start: Path
 ) -> None:
-    first = weights(load_exported(start))
-
-    def way(strength: float) -> float:
-        guard = {"points": [0.5], "l2_sp": strength}
-        job = make_job(
-            f"pull-{strength:g}",
-            model={"name": f"local-dir:{start}"},
-            train=SHORT,
-            evaluation=LEAN,
-            guard=guard,
-        )
-        task(job)
-        trained = tuned(job)
-        return float(sum((trained[name] - first[name]).square().sum() for name in first))
-
-    none, some, much = way(0.0), way(30.0), way(300.0)
-    assert none > some > much
-
-
-def test_lost_starting_weights_are_told_and_the_last_weights_published(
-    make_job: MakeJob, start: Path
-) -> None:
-    job = make_job(
-        model={"name": f"local-dir:{start}"}, train=SHORT, evaluation=LEAN, guard={"points": [0.5]}
-    )
+    """As strong as can be, each step goes all the way back."""
+    train = {**BRIEF, "learning_rate": 2e-3, "schedule": "constant", "warmup_fraction": 0.0}
+    guard = {**AGREED, "points": [0.5], "l2_sp": 1000.0}
+    job = make_job(model={"name": f"local-dir:{start}"}, train=train, evaluation=LEAN, guard=guard)
     task(job)
-    job.folder.starting_weights.write_bytes(b"damaged")
-    state = checkpoints(job.folder.checkpoints)[0]
-    for file in sorted(state.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
-    state.rmdir()
-    task(job, 2)
-    assert "is gone or damaged" in job.notices(2)["guard-lost"]
-    assert close(published(job), tuned(job))
+    first, trained = weights(load_exported(start)), tuned(job)
+    drawn = {name for name, tensor in first.items() if takes_decay(name, tensor)}
+    assert drawn
+    assert all(torch.equal(trained[name], first[name]) for name in drawn)
+    assert not close({name: trained[name] for name in first.keys() - drawn}, first)
 
 
 # -- a probe of one's own
@@ -270,7 +282,10 @@ def test_a_general_probe_is_measured_beside_the_domain_at_each_evaluation(
 ) -> None:
     guard = {"points": [0.5], "probe": {"data": str(general / "pairs.csv"), "label_column": "kind"}}
     job = make_job(
-        model={"name": f"local-dir:{start}"}, train=SHORT, evaluation={"bootstrap_samples": 20}, guard=guard
+        model={"name": f"local-dir:{start}"},
+        train={**BRIEF, "epochs": 2},
+        evaluation={"bootstrap_samples": 20},
+        guard=guard,
     )
     told = evaluations(task(job))
     assert [entry.occasion for entry in told] == ["before", "during", "after"]

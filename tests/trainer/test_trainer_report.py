@@ -21,11 +21,12 @@ from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.report.charts import Line, line_chart
 from cliptune_trainer.report.examples import samples_of
-from tests.trainer.conftest import MakeJob
+from tests.trainer.conftest import MakeJob, job_on
 from tests.trainer.jobs import TrainerJob
 from tests.trainer.test_trainer_guard import task
 
 SHORT = {"epochs": 2, "batch_size": 8}
+ONE = {"epochs": 1, "batch_size": 16}
 FEW = {"bootstrap_samples": 20}
 
 
@@ -36,24 +37,34 @@ def _free_again() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def finished(make_job: MakeJob, tmp_path: Path) -> TrainerJob:
-    """A guarded job that has ended, its preparation before it."""
-    start = tmp_path / "start"
+@pytest.fixture(scope="module")
+def finished(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainerJob:
+    """A guarded job that has ended, its preparation before it: not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    start = folder / "start"
     clip = build(ModelSource(name="cliptune-test-vit"), seed=5)
     export_model(clip, start, manifest_of(clip))
-    job = make_job(
+    job = job_on(
+        tiles,
+        folder,
         "tiles",
         model={"name": f"local-dir:{start}"},
         train=SHORT,
         evaluation=FEW,
-        guard={"points": [0.5], "tolerance": 1.0},
+        guard={"points": [0.5], "tolerance": 1.0, "probe": {"data": "agreement"}},
         resources={"price_per_hour": 3.6},
         data={"validation_fraction": 0.4},
     )
     task(job, 0)
     task(job, 1)
+    torch.use_deterministic_algorithms(False)
     return job
+
+
+@pytest.fixture
+def again(finished: TrainerJob, tmp_path: Path) -> TrainerJob:
+    """The same one, to be changed."""
+    return finished.copied(tmp_path / "again")
 
 
 class Reader(HTMLParser):
@@ -128,7 +139,7 @@ def test_the_figures_are_those_of_the_job_s_own_events(finished: TrainerJob) -> 
 
 
 def test_a_job_without_validation_rows_or_labels_has_a_report_too(make_job: MakeJob) -> None:
-    job = make_job("plain", data={"validation_fraction": 0.0}, train={**SHORT, "epochs": 1})
+    job = make_job("plain", data={"validation_fraction": 0.0}, train=ONE)
     job.forget("data", "label_column")
     task(job, 1)
     page = (job.folder.report / "report.html").read_text(encoding="utf-8")
@@ -137,24 +148,24 @@ def test_a_job_without_validation_rows_or_labels_has_a_report_too(make_job: Make
     assert json.loads((job.folder.report / "report.json").read_text())["evaluations"] == []
 
 
-def test_a_resumed_job_tells_each_step_once_as_it_went_last(finished: TrainerJob) -> None:
-    first = finished.folder.journal(1).read_text()
-    again = first.replace('"attempt": 1', '"attempt": 2')
-    finished.folder.journal(2).write_text(again + '{"attempt": 2, "torn')
-    task(finished, 3)
-    figures = json.loads((finished.folder.report / "report.json").read_text())
+def test_a_resumed_job_tells_each_step_once_as_it_went_last(again: TrainerJob) -> None:
+    first = again.folder.journal(1).read_text()
+    repeated = first.replace('"attempt": 1', '"attempt": 2')
+    again.folder.journal(2).write_text(repeated + '{"attempt": 2, "torn')
+    task(again, 3)
+    figures = json.loads((again.folder.report / "report.json").read_text())
     assert figures["job"]["attempts"] == 3
     assert len(set(figures["curves"]["step"])) == len(figures["curves"]["step"])
 
 
-def test_a_report_that_cannot_be_written_fails_no_job(finished: TrainerJob) -> None:
-    report = finished.folder.report
+def test_a_report_that_cannot_be_written_fails_no_job(again: TrainerJob) -> None:
+    report = again.folder.report
     for file in report.iterdir():
         file.unlink()
     report.rmdir()
     report.write_text("in the way")
-    task(finished, 2)
-    assert "cannot be written" in finished.notices(2)["report-failed"]
+    task(again, 2)
+    assert "cannot be written" in again.notices(2)["report-failed"]
 
 
 def test_words_of_the_data_cannot_become_part_of_the_page(
@@ -164,8 +175,7 @@ def test_words_of_the_data_cannot_become_part_of_the_page(
     evil = "<script>alert(1)</script>"
     rows = [f'{row}.png,"{evil} {row % 3}",{evil}{row % 3}' for row in range(30)]
     file.write_text("\n".join(["image,caption,label", *rows, ""]))
-    job = make_job("odd", data={"train": str(file), "image_root": str(tiles)}, train=SHORT, evaluation=FEW)
-    task(job, 0)
+    job = make_job("odd", data={"train": str(file), "image_root": str(tiles)}, train=ONE, evaluation=FEW)
     task(job, 1)
     page = (job.folder.report / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page

@@ -5,7 +5,7 @@ the adapter's files, or a model with the adapter in its weights. Called by the t
 the engine, and by the command `cliptune adapters`.
 """
 
-from cliptune_model.adapters.attach import attach, base_state, merged_state
+from cliptune_model.adapters.attach import attach, base_state, is_inner, merged_state
 from cliptune_model.adapters.attached import Attached
 from cliptune_model.adapters.config import (
     BOTTLENECK,
@@ -41,6 +41,7 @@ __all__ = [
     "describe_adapter",
     "digest",
     "holds_adapter",
+    "is_inner",
     "load_adapted",
     "merged_state",
     "write_adapter",

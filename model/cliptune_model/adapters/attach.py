@@ -111,6 +111,15 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def is_inner(name: str) -> bool:
+    """Whether a weight of this name lies within an addition, before its last matrix.
+
+    An addition is linear in the others: to multiply them by a share multiplies what it adds by it, and so the
+    difference of the merged weights from the base.
+    """
+    return _PART in f".{name}" and name.rpartition(".")[2].startswith("down")
+
+
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state of the model as it would be without an adapter, scales aside."""
     return {

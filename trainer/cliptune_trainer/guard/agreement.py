@@ -15,14 +15,17 @@ from typing import Final
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cliptune_model.clip import Clip
 from cliptune_model.zero_shot import class_embeddings
+from cliptune_trainer.data.loading.images import Normalisation
 from cliptune_trainer.evaluation.embedding import Scorer, evaluation_mode, prepared_texts
 from cliptune_trainer.evaluation.metrics import Floats
 from cliptune_trainer.guard.drawings import drawings
 from cliptune_trainer.guard.general import General
 from cliptune_trainer.guard.words import everyday_texts
+from cliptune_trainer.image.geometry import Geometry
 
 AGREEMENT: Final = "agreement"
 
@@ -37,7 +40,7 @@ class AgreementProbe:
 
     def __init__(self, batch_size: int, check: Callable[[], None]) -> None:
         self._batch_size, self._check = batch_size, check
-        self._pictures = drawings()
+        self._pixels_NHW3: Tensor | None = None
         self._reference_NC: Floats | None = None
 
     def remember(self, clip: Clip) -> General:
@@ -66,19 +69,25 @@ class AgreementProbe:
     @torch.no_grad()
     def _ask(self, clip: Clip) -> Floats:
         """How alike pictures and texts are: [N, C]."""
+        normalise_pixels = Normalisation.of(clip.preprocess_config, clip.device)
         with evaluation_mode(clip.model):
             parts = []
-            for start in range(0, len(self._pictures), self._batch_size):
+            for part_BHW3 in torch.split(self._pixels(clip), self._batch_size):
                 self._check()
-                part = self._pictures[start : start + self._batch_size]
-                images_B3HW = torch.stack([clip.preprocess(picture) for picture in part])
-                features_BD = clip.encode_images(images_B3HW.to(clip.device))
+                features_BD = clip.encode_images(normalise_pixels(part_BHW3))
                 prepared_BP = clip.similarity.prepare_images(features_BD)
                 parts.append(prepared_BP.float().cpu().numpy().astype(np.float64))
             self._check()
             things = [(wordings[0], wordings) for wordings in everyday_texts()]
             texts_CP = prepared_texts(clip, class_embeddings(clip, things, self._batch_size))
         return Scorer(clip)(np.concatenate(parts), texts_CP)
+
+    def _pixels(self, clip: Clip) -> Tensor:
+        """The pictures at the model's size, uint8 [N, H, W, 3]: made once, as bytes."""
+        if self._pixels_NHW3 is None:
+            geometry = Geometry.of(clip.preprocess_config)
+            self._pixels_NHW3 = torch.from_numpy(np.stack([np.asarray(geometry(one)) for one in drawings()]))
+        return self._pixels_NHW3
 
 
 def correlation(ours_NC: Floats, theirs_NC: Floats) -> float:

@@ -3,6 +3,11 @@
 Enters: the model before its first step. Leaves: `start.safetensors` in the job's folder, which a resumed run
 reads; models in between; the pull of L2-SP. Called by `guard`. Only what training can change is kept: of an
 adapter's run, the adapter.
+
+An adapter begins as nothing, for its last matrix is zero. In its runs that matrix alone is taken a share of
+the way, and drawn back: what the adapter adds goes with it in proportion, so that the model in between is the
+one whose merged weights lie there, and the pull that of L2-SP on merged weights. Shares of both matrices
+would be a share of the way by its square.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cliptune.durable import sync
+from cliptune_model.adapters import is_inner
 from cliptune_model.clip import Clip
 from cliptune_trainer.steps.optim import takes_decay
 
@@ -91,7 +97,9 @@ class StartingWeights:
         if share == 0.0:
             return self.whole()
         return {
-            name: torch.lerp(self._weights[name].to(tensor.device), tensor, share)
+            name: tensor
+            if is_inner(name)
+            else torch.lerp(self._weights[name].to(tensor.device), tensor, share)
             for name, tensor in trained.items()
         }
 
@@ -100,7 +108,7 @@ class StartingWeights:
         drawn = [
             (weight.detach(), self._weights[name].to(weight.device))
             for name, weight in clip.model.named_parameters()
-            if weight.requires_grad and takes_decay(name, weight)
+            if weight.requires_grad and takes_decay(name, weight) and not is_inner(name)
         ]
         return Pull([weight for weight, _ in drawn], [start for _, start in drawn])
 
