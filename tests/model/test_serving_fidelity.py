@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -12,13 +14,15 @@ import torch
 
 from cliptune.errors import ImageDecodeError, TensorError
 from cliptune_model.acceleration.fidelity import LEAST_COSINE, _photo, choose_way
+from cliptune_model.acceleration.measured import FILE, read_measured, write_measured
 from cliptune_model.clip import Clip, build
+from cliptune_model.exported import load_exported
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.machine.hardware import Machine
 from cliptune_model.pixels import decode_image
 from cliptune_model.source import ModelSource
 from tests.support import images
-from tests.support.models import TEST_MODEL
+from tests.support.models import TEST_MODEL, export_test_model
 
 torch.set_num_threads(1)
 
@@ -115,6 +119,51 @@ def test_a_faster_way_whose_cosine_is_too_low_or_no_number_is_not_taken(
     assert (way.precision_cosine, way.decode_cosine) == (1.0, 1.0)
     monkeypatch.undo()
     with torch.no_grad():
-        clip.model.visual.conv1.weight.fill_(float("nan"))  # type: ignore[union-attr]
+        cast(Any, clip.model).visual.conv1.weight.fill_(float("nan"))
     way = choose_way(clip, machine(cpu_bf16=True), precision="auto", decode="fast")
     assert (way.precision.value, way.decode.value) == ("fp32", "exact")
+
+
+def test_what_was_measured_is_kept_beside_the_model_and_not_measured_again(
+    clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine(cpu_bf16=True)
+    folder = tmp_path / "m"
+    export_test_model(folder)
+    manifest = (folder / "cliptune.json").read_bytes()
+    assert read_measured(folder, "cpu", here) == {}
+    way = choose_way(clip, here, precision="auto", decode="fast")
+    assert way.measured == {"bf16": way.precision_cosine, "fast": way.decode_cosine}
+    write_measured(folder, "cpu", here, way.measured)
+    known = read_measured(folder, "cpu", here)
+    assert known == way.measured
+    assert (folder / "cliptune.json").read_bytes() == manifest
+    monkeypatch.setattr("cliptune_model.acceleration.fidelity._photo", None)  # measuring needs it
+    again = choose_way(clip, here, precision="auto", decode="fast", known=known)
+    assert (again.precision, again.precision_cosine) == (way.precision, way.precision_cosine)
+    assert (again.decode, again.decode_cosine) == (way.decode, way.decode_cosine)
+    load_exported(folder)  # a file more does not matter to a load
+
+
+def test_what_was_measured_counts_for_one_device_and_these_weights_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    export_test_model(folder)
+    here, there = machine(), replace(machine(), torch_version="1.0")
+    write_measured(folder, "cpu", here, {"bf16": 0.9995, "fast": float("nan")})
+    write_measured(folder, "cpu", there, {"bf16": 0.5})
+    assert read_measured(folder, "cpu", here) == {"bf16": 0.9995}
+    assert read_measured(folder, "cpu", there) == {"bf16": 0.5}
+    assert read_measured(folder, "cuda:0", here) == {}
+    weights = folder / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert read_measured(folder, "cpu", here) == {}
+    (folder / FILE).write_text("[")
+    assert read_measured(folder, "cpu", there) == {}
+
+
+def test_a_folder_that_cannot_be_written_is_served_all_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    export_test_model(folder)
+    (folder / FILE).mkdir()
+    write_measured(folder, "cpu", machine(), {"bf16": 0.9995})
+    assert read_measured(folder, "cpu", machine()) == {}

@@ -1,8 +1,9 @@
 """How near a faster way stays to the exact one: measured on the model itself, before it serves.
 
-Enters: a `Clip` on its device, and what is wished. Leaves: the way to serve it, each choice with the cosine
-that was measured. Called by the engine when it loads a model. A faster way is taken only where every sample's
-cosine to the exact embedding is at least `LEAST_COSINE`; it depends on the weights, so no table could say it.
+Enters: a `Clip` on its device, what is wished, and what was measured before (`measured.py`). Leaves: the way
+to serve it, each choice with the cosine that was measured. Called by the engine when it loads a model. A
+faster way is taken only where every sample's cosine to the exact embedding is at least `LEAST_COSINE`; it
+depends on the weights, so no table could say it.
 
 Shape suffixes: N samples, C channels, H height, W width, D embedding.
 """
@@ -10,9 +11,10 @@ Shape suffixes: N samples, C channels, H height, W width, D embedding.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -50,12 +52,15 @@ class ServingWay:
         precision_cosine: the least one to fp32 that was measured; 1 for fp32 itself.
         decode: "exact" or "fast".
         decode_cosine: the least one to the exact transform; 1 for that itself.
+        measured: cosines by way ("bf16", "fp16", "fast"), those that were known before and new ones, also of
+            ways that were not taken.
     """
 
     precision: Choice
     precision_cosine: float
     decode: Choice
     decode_cosine: float
+    measured: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -72,7 +77,13 @@ class ServingWay:
 
 @torch.inference_mode()
 def choose_way(
-    clip: Clip, machine: Machine, *, precision: str, decode: str, proofs: Proofs = UNKNOWN
+    clip: Clip,
+    machine: Machine,
+    *,
+    precision: str,
+    decode: str,
+    proofs: Proofs = UNKNOWN,
+    known: Mapping[str, float] = MappingProxyType({}),
 ) -> ServingWay:
     """The fastest way that stays near enough.
 
@@ -82,18 +93,40 @@ def choose_way(
         precision: "exact": fp32. "auto": the machine's fastest, if it is near enough.
         decode: "exact" or "fast" (if it is near enough).
         proofs: what is known of the device.
+        known: `measured` of an earlier time, of these weights on this device.
     """
-    photos = [_photo(seed) for seed in range(_PHOTOS)] if (precision, decode) != ("exact", "exact") else []
-    faster, precision_cosine = _precision(clip, machine, photos, precision, proofs)
-    reading, decode_cosine = _decode(clip, photos, decode)
+    cosines = _Cosines(clip, known)
+    faster, precision_cosine = _precision(cosines, machine, precision, proofs)
+    reading, decode_cosine = _decode(cosines, decode)
     return ServingWay(
-        precision=faster, precision_cosine=precision_cosine, decode=reading, decode_cosine=decode_cosine
+        precision=faster,
+        precision_cosine=precision_cosine,
+        decode=reading,
+        decode_cosine=decode_cosine,
+        measured=cosines.measured,
     )
 
 
-def _precision(
-    clip: Clip, machine: Machine, photos: list[bytes], wanted: str, proofs: Proofs
-) -> tuple[Choice, float]:
+class _Cosines:
+    """Of one model; each is measured once."""
+
+    def __init__(self, clip: Clip, known: Mapping[str, float]) -> None:
+        self.clip: Final = clip
+        self.measured: Final = dict(known)
+
+    def of(self, way: str) -> float:
+        """The least cosine of `way` to the exact one."""
+        if way not in self.measured:
+            photos = [_photo(seed) for seed in range(_PHOTOS)]
+            self.measured[way] = (
+                _fast_cosine(self.clip, photos)
+                if way == "fast"
+                else _precision_cosine(self.clip, photos, _DTYPES[way])
+            )
+        return self.measured[way]
+
+
+def _precision(cosines: _Cosines, machine: Machine, wanted: str, proofs: Proofs) -> tuple[Choice, float]:
     def choice(value: str, reason: str) -> Choice:
         return Choice(subject="serving_precision", value=value, reason=reason)
 
@@ -110,27 +143,36 @@ def _precision(
         value, why = best.value, best.reason
     if value == "fp32":
         return choice("fp32", why), 1.0
-    reader = ImageReader(clip)
-    exact = _features(clip, reader, photos, nullcontext)
-    faster = _features(clip, reader, photos, lambda: torch.autocast(clip.device.type, dtype=_DTYPES[value]))
-    cosine = min(_least_cosine(one, other) for one, other in zip(exact, faster, strict=True))
+    cosine = cosines.of(value)
     if not cosine >= LEAST_COSINE:
         return choice("fp32", f"{value} would leave a cosine of {cosine:.5f} to fp32"), 1.0
     return choice(value, f"{why}; cosine to fp32 {cosine:.5f}"), cosine
 
 
-def _decode(clip: Clip, photos: list[bytes], wanted: str) -> tuple[Choice, float]:
+def _decode(cosines: _Cosines, wanted: str) -> tuple[Choice, float]:
     def choice(value: str, reason: str) -> Choice:
         return Choice(subject="decode", value=value, reason=reason)
 
     if wanted == "exact":
         return choice("exact", "asked for: open_clip's transform"), 1.0
-    exact_ND = _image_features(clip, ImageReader(clip), photos, nullcontext)
-    fast_ND = _image_features(clip, ImageReader(clip, fast=True), photos, nullcontext)
-    cosine = _least_cosine(exact_ND, fast_ND)
+    cosine = cosines.of("fast")
     if not cosine >= LEAST_COSINE:
         return choice("exact", f"scaled decoding would leave a cosine of {cosine:.5f}"), 1.0
     return choice("fast", f"cosine to the exact transform {cosine:.5f}"), cosine
+
+
+def _precision_cosine(clip: Clip, photos: list[bytes], dtype: torch.dtype) -> float:
+    reader = ImageReader(clip)
+    exact = _features(clip, reader, photos, nullcontext)
+    faster = _features(clip, reader, photos, lambda: torch.autocast(clip.device.type, dtype=dtype))
+    found = [_least_cosine(one, other) for one, other in zip(exact, faster, strict=True)]
+    return min(found) if all(one == one for one in found) else float("nan")
+
+
+def _fast_cosine(clip: Clip, photos: list[bytes]) -> float:
+    exact_ND = _image_features(clip, ImageReader(clip), photos, nullcontext)
+    fast_ND = _image_features(clip, ImageReader(clip, fast=True), photos, nullcontext)
+    return _least_cosine(exact_ND, fast_ND)
 
 
 def _features(clip: Clip, reader: ImageReader, photos: list[bytes], autocast: Autocast) -> list[Tensor]:

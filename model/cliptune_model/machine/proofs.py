@@ -52,7 +52,7 @@ UNKNOWN: Final = Proofs()
 
 def load_proofs(home: Path, device: str, machine: Machine) -> Proofs:
     """What is known of `device` on `machine`. A missing or damaged file: nothing."""
-    entry = _read(home / FILE).get(_key(device, machine), {})
+    entry = _read(home / FILE).get(device_key(device, machine), {})
     try:
         return Proofs(found={name: Proof(**proof) for name, proof in entry.items()})
     except (TypeError, AttributeError):
@@ -62,12 +62,13 @@ def load_proofs(home: Path, device: str, machine: Machine) -> Proofs:
 def save_proofs(home: Path, device: str, machine: Machine, proofs: Proofs) -> None:
     """Replaces what is known of `device` on `machine`; other devices' proofs stay. Raises `OSError`."""
     entries = _read(home / FILE)
-    entries[_key(device, machine)] = {name: asdict(proof) for name, proof in proofs.found.items()}
+    entries[device_key(device, machine)] = {name: asdict(proof) for name, proof in proofs.found.items()}
     home.mkdir(parents=True, exist_ok=True)
     write_atomically(home / FILE, json.dumps({"format": FORMAT, "proofs": entries}, indent=1).encode())
 
 
-def _key(device: str, machine: Machine) -> str:
+def device_key(device: str, machine: Machine) -> str:
+    """What findings hold for: one device, torch, system and chip."""
     name = machine.gpu_name or machine.chip
     return f"{device} | torch {machine.torch_version} | {machine.system} {machine.os_version} | {name}"
 

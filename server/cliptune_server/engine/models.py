@@ -27,6 +27,7 @@ from cliptune.v1 import tensor_pb2
 from cliptune_model.acceleration.fidelity import ServingWay, choose_way
 from cliptune_model.acceleration.folded import fold
 from cliptune_model.acceleration.lean import choose_lean, make_lean
+from cliptune_model.acceleration.measured import read_measured, write_measured
 from cliptune_model.adapters import SharedBase
 from cliptune_model.attention import AttentionPlan, install
 from cliptune_model.clip import Clip
@@ -269,7 +270,17 @@ class ModelSet:
         install(clip.model, self._attention)
         clip.model.eval()
         machine = detect(self.device)
-        way = choose_way(clip, machine, precision=self._precision, decode=self._decode, proofs=self._proofs)
+        known = read_measured(Path(path), self.device, machine)
+        way = choose_way(
+            clip,
+            machine,
+            precision=self._precision,
+            decode=self._decode,
+            proofs=self._proofs,
+            known=known,
+        )
+        if way.measured != known:
+            write_measured(Path(path), self.device, machine, way.measured)
         # Folded kernels compute fp32; and an adapter's weights are not those of the tower that carries it.
         folds = way.precision.value == "fp32" and clip.adapter is None
         clip, folded = fold(clip) if folds else (clip, None)
