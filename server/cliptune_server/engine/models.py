@@ -184,6 +184,8 @@ class ModelSet:
             began_s = time.perf_counter()
             loop = asyncio.get_running_loop()
             model = self._open(key, path, await loop.run_in_executor(self._loader, self._read, path))
+            if model.towers.small:  # its vectors are the same to the last bit from the first one on
+                await loop.run_in_executor(self._loader, model.towers.freeze)
             try:
                 # The first forward is much slower than the others, which the batcher is to learn from.
                 await self.ask_canary(model)
@@ -198,7 +200,8 @@ class ModelSet:
                 raise
             model.load_seconds = time.perf_counter() - began_s
             self._models[key] = model
-            self.readying.begin(key, model.towers.freeze)
+            if not model.towers.small:
+                self.readying.begin(key, model.towers.freeze)
             _log.info("model %s is loaded", key, extra={"path": path, "seconds": model.load_seconds})
             return model
 

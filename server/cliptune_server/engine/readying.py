@@ -3,7 +3,7 @@
 Enters: what makes them (`Towers.freeze`). Leaves: nothing; the towers compute by the faster form once that
 has proved itself, and say in `form` what they compute by. Started by `models.py` when a model has answered
 its canary, stopped when it is unloaded. One thread with low priority does it, a model at a time, so that
-neither readiness nor a request waits for it.
+neither readiness nor a request waits for it. (Small models are frozen while they are loaded.)
 """
 
 from __future__ import annotations

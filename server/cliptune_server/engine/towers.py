@@ -29,6 +29,9 @@ from cliptune_model.machine.device import free_memory_bytes
 
 _log = logging.getLogger(__name__)
 
+# Frozen and proved in a few tenths of a second.
+_SMALL_BYTES: Final = 64 * 2**20
+
 
 class Towers:
     """Forwards of one model.
@@ -61,6 +64,12 @@ class Towers:
         else:
             stacked = torch.stack(list(rows))
         return stacked.pin_memory() if self._device.type == "cuda" else stacked
+
+    @property
+    def small(self) -> bool:
+        """Whether freezing takes no longer than loading does."""
+        weights = self.clip.model.parameters()
+        return sum(weight.nbytes for weight in weights) <= _SMALL_BYTES and self._device.type == "cpu"
 
     def freeze(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Serve by frozen weights from the next forward on, if they prove themselves and there is room.

@@ -54,13 +54,27 @@ async def models() -> AsyncIterator[ModelSet]:
     served.close()
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is a large one: made ready beside its requests."""
+    monkeypatch.setattr("cliptune_server.engine.towers._SMALL_BYTES", 0)
+
+
 @MKL
+async def test_a_small_model_is_frozen_before_it_serves(models: ModelSet, tmp_path: Path) -> None:
+    export_test_model(tmp_path / "m")
+    model = await models.load("m:1", str(tmp_path / "m"))
+    assert model.describe().towers == "packed", model.describe().towers_reason
+
+
+@MKL
+@pytest.mark.usefixtures("large")
 async def test_a_model_serves_at_once_and_then_by_frozen_weights_with_the_same_vectors(
     models: ModelSet, tmp_path: Path
 ) -> None:
     clip = export_test_model(tmp_path / "m")
     model = await models.load("m:1", str(tmp_path / "m"))
-    assert model.describe().towers in ("eager", "packed")
+    assert model.describe().towers in ("eager", "packed")  # asked while it is being made
     await models.readying.settled("m:1")
     told = model.describe()
     assert told.towers == "packed", told.towers_reason
@@ -79,7 +93,12 @@ async def test_a_model_serves_at_once_and_then_by_frozen_weights_with_the_same_v
 
 
 @MKL
-async def test_frozen_weights_go_with_their_model(models: ModelSet, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["small", "large"])
+async def test_frozen_weights_go_with_their_model(
+    models: ModelSet, tmp_path: Path, kind: str, request: pytest.FixtureRequest
+) -> None:
+    if kind == "large":
+        request.getfixturevalue("large")
     export_test_model(tmp_path / "m")
     model = await models.load("m:1", str(tmp_path / "m"))
     await models.readying.settled("m:1")
