@@ -42,6 +42,7 @@ from cliptune_trainer.plan.planning import Planner
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
 from cliptune_trainer.steps.depth import projections
+from cliptune_trainer.steps.frozen_features import plan_frozen
 from cliptune_trainer.steps.optim import build_optimizer
 from cliptune_trainer.steps.precision import Precision
 from cliptune_trainer.steps.step import Step, StepOutOfMemoryError
@@ -86,7 +87,9 @@ def prepare(job: JobFolder, roots: Sequence[Path], reporter: Reporter) -> None:
             # Read here to be refused here.
             open_probe(spec, DataRoots(roots), examined=False, cache=job.path)
         remember_own_code(job.own_code, spec.loss, clip.similarity.name)
-        decisions = replace(decisions, choices=(*decisions.choices, guard, *told))
+        rows_seen = decisions.total_steps * decisions.batch_size
+        frozen = plan_frozen(spec, dataset.train, clip, decisions.sizes, rows_seen=rows_seen).choices
+        decisions = replace(decisions, choices=(*decisions.choices, guard, *told, *frozen))
     with tracer().start_as_current_span("prepare.memory"):
         on_cpu = hardware.device.value == "cpu"
 

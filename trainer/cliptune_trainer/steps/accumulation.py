@@ -243,10 +243,14 @@ def _caches(
     device, count = clip.device, len(batch.tokens_BL)
 
     def image_features(rows: slice) -> Tensor:
+        if batch.image_features_BD is not None:
+            return moved(batch.image_features_BD[rows], device)
         return clip.encode_images(moved(batch.images_B3HW[rows], device))
 
     def text_features(rows: slice) -> Tensor:
         if rows.start < count or batch.negative_tokens_BL is None:
+            if batch.text_features_BD is not None:
+                return moved(batch.text_features_BD[rows], device)
             return clip.encode_texts(moved(batch.tokens_BL[rows], device))
         there = slice(rows.start - count, rows.stop - count)
         return clip.encode_texts(moved(batch.negative_tokens_BL[there], device))

@@ -26,6 +26,7 @@ from cliptune.tracing import tracer
 from cliptune_model.clip import Clip
 from cliptune_model.proven_sizes import ProvenSize
 from cliptune_trainer.data.dataset import Dataset
+from cliptune_trainer.data.loading.known import KnownFeatures
 from cliptune_trainer.data.loading.loader import Batch, Loader
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.guard.general import Probe
@@ -76,6 +77,7 @@ class Training:
         linked: a daemon may speak through the inbox, so that it is worth waiting for its word.
         teacher: the model as the first step found it, for objectives that need it.
         probe: what the guard measures general knowledge by; None: nothing is guarded.
+        known: features of frozen towers.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Training:
         linked: bool,
         teacher: Clip | None = None,
         probe: Probe | None = None,
+        known: KnownFeatures | None = None,
     ) -> None:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
@@ -132,6 +135,7 @@ class Training:
             augmentation=spec.data.augment,
             sizes=decisions.sizes,
             exact=decisions.exact_decode,
+            known=known,
             needs=spec.loss.needs,
             batch_size=decisions.batch_size,
             seed=spec.train.seed,

@@ -11,14 +11,22 @@ from pathlib import Path
 
 import torch
 
-from cliptune.errors import InvalidInputError, ModelNotFoundError
+from cliptune.errors import (
+    DataError,
+    ImageDecodeError,
+    ImageSizeError,
+    InvalidInputError,
+    ModelNotFoundError,
+)
 from cliptune.internal.v1 import trainer_pb2
+from cliptune_model.attention import install
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import load_exported
 from cliptune_trainer.contract import check_own_code
 from cliptune_trainer.data.dataset import Dataset, read_dataset
 from cliptune_trainer.data.findings import load_findings
 from cliptune_trainer.data.forms.columns import Wording
+from cliptune_trainer.data.loading.known import KnownFeatures
 from cliptune_trainer.data.roots import DataRoots
 from cliptune_trainer.evaluation.measurement import EvaluationInterrupted
 from cliptune_trainer.guard.general import Probe
@@ -32,6 +40,8 @@ from cliptune_trainer.report.write import write_report
 from cliptune_trainer.reporting.commands import Inbox
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.spec import Spec
+from cliptune_trainer.steps.frozen_features import know, plan_frozen, unreadable
+from cliptune_trainer.steps.precision import Precision
 from cliptune_trainer.steps.trainable import make_trainable
 from cliptune_trainer.training.checkpoint import (
     CorruptCheckpointError,
@@ -97,6 +107,7 @@ def run(job: JobFolder, roots: Sequence[Path], reporter: Reporter, inbox: Inbox,
         linked=linked,
         teacher=build(spec.model, device=device, seed=spec.train.seed) if taught else None,
         probe=_probe(job, spec, roots, reporter, inbox) if guarded and len(dataset.validation) else None,
+        known=_known(spec, dataset, decisions, executions, clip, reporter, inbox),
     )
     ending = training.run()
     if ending.outcome == trainer_pb2.OUTCOME_SUCCEEDED:
@@ -116,6 +127,38 @@ def _probe(job: JobFolder, spec: Spec, roots: Sequence[Path], reporter: Reporter
         reporter.notice("guard-agreement", told, warning=False)
 
     return open_probe(spec, DataRoots(roots), examined=True, check=check, tell=tell, cache=job.path)
+
+
+def _known(
+    spec: Spec,
+    dataset: Dataset,
+    decisions: Decisions,
+    executions: Executions,
+    clip: Clip,
+    reporter: Reporter,
+    inbox: Inbox,
+) -> KnownFeatures | None:
+    """What frozen towers make of the training rows; None: steps compute it."""
+    rows_seen = decisions.total_steps * decisions.batch_size
+    plan = plan_frozen(spec, dataset.train, clip, decisions.sizes, rows_seen=rows_seen)
+    if not (plan.images or plan.texts):
+        return None
+    execution = executions.common
+    install(clip.model, execution.plan.attention_plan)
+    try:
+        return know(
+            clip,
+            dataset.train,
+            plan,
+            Precision(execution.precision, clip.device),
+            size=executions.largest,
+            exact=decisions.exact_decode,
+            rows=execution.plan.micro_batch_size,
+            check=lambda: inbox.end_wanted,
+        )
+    except (DataError, ImageDecodeError, ImageSizeError, OSError) as error:
+        reporter.notice("features-unknown", unreadable(error))
+        return None
 
 
 def plan_executions(

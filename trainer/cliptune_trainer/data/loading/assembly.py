@@ -10,7 +10,7 @@ B: pairs in a batch, L: tokens, H, W: image height and width.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -42,7 +42,8 @@ _MAX_STAND_INS: Final = 20
 class Recipe:
     """What batches are made of: all that which rows a step sees, and how, depends on.
 
-    `decoder_of`: a step's, for images have the same size within a step only.
+    `decoder_of`: a step's, for images have the same size within a step only. `text_rows`: of a table that
+    captions are looked up in.
     """
 
     pairs: Pairs
@@ -52,6 +53,7 @@ class Recipe:
     seed: int
     labels: Labels | None = None
     hard_captions: HardCaptions | None = None
+    text_rows: Mapping[str, int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,7 +68,8 @@ class Assembled:
     Attributes:
         step: that it is for.
         transfer: of pixels, tokens, image ids, caption ids, and of what `further` names.
-        further: "mixes" of colours, "labels", "negative_tokens" and "negative_ids", where there are any.
+        further: "mixes" of colours, "labels", "negative_tokens" and "negative_ids", "text_rows", where there
+            are any.
         bad: rows whose image cannot be read, and why, in the order in which that was found.
         error: no stand-in was found.
         workers_lost: the pool's processes died.
@@ -115,6 +118,8 @@ class Assembly:
         pairs = recipe.pairs
         captions = self._captions(epoch, places)
         tokens_BL, further = self._texts(captions, places, epoch)
+        if recipe.text_rows is not None:
+            further["text_rows"] = torch.tensor([recipe.text_rows[caption] for caption in captions])
         tensors = [
             pixels_BHW3,
             tokens_BL,

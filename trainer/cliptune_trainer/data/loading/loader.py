@@ -5,7 +5,7 @@ preparation. Which rows a step sees and how they are augmented is a pure functio
 is restored by telling it the step to begin with. What is told (bad rows, lost processes) is told in the
 caller's thread, with the batch that it concerns, however far ahead it was found.
 
-B: pairs in a batch, L: tokens, H, W: image height and width.
+B: pairs in a batch, L: tokens, H, W: image height and width, D: embedding dimension.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cliptune_trainer.data.labels import Labels
 from cliptune_trainer.data.loading.assembly import Assembled, Assembly, Recipe
 from cliptune_trainer.data.loading.decode import Decoder
 from cliptune_trainer.data.loading.images import Images, Normalisation
+from cliptune_trainer.data.loading.known import KnownFeatures
 from cliptune_trainer.data.loading.pools import Pool, open_pool
 from cliptune_trainer.data.loading.transfer import Carrier
 from cliptune_trainer.data.table import Pair
@@ -51,6 +52,8 @@ class Batch:
     labels_BC: Tensor | None = None  # float32: 1 where a row bears a label
     negative_tokens_BL: Tensor | None = None  # int64: captions that are nearly right
     negative_ids_B: Tensor | None = None  # int64: their caption ids; see `losses.Contrast`
+    image_features_BD: Tensor | None = None  # float32: what a frozen tower makes of the images
+    text_features_BD: Tensor | None = None  # the same of the captions
 
 
 class Loader:
@@ -65,6 +68,7 @@ class Loader:
         augmentation: changes to images, drawn anew in each epoch.
         sizes: of images, step by step, each with its augmentation. None: the model's own, and `augmentation`.
         exact: decode as open_clip's evaluation transform does, to the bit; otherwise quicker (`Decoder`).
+        known: features of frozen towers, to be brought with each batch.
         needs: of the loss: "labels" and "negative_captions" are brought with each batch.
         workers: decoding processes; 0: threads of this one.
         max_bad: rows that may go bad while training.
@@ -83,6 +87,7 @@ class Loader:
         augmentation: Augmentation = NONE,
         sizes: SizeSchedule | None = None,
         exact: bool = True,
+        known: KnownFeatures | None = None,
         needs: Collection[str] = (),
         workers: int = 0,
         max_bad: int = 0,
@@ -90,6 +95,7 @@ class Loader:
         on_bad_row: Callable[[Pair, str], None] = lambda pair, reason: None,
         on_workers_lost: Callable[[], None] = lambda: None,
     ) -> None:
+        self._known = known or KnownFeatures()
         schedule = sizes or SizeSchedule.fixed(clip.image_size, augmentation, 0)
 
         @cache
@@ -115,6 +121,7 @@ class Loader:
             seed=seed,
             labels=Labels.of(pairs) if LABELS in needs else None,
             hard_captions=HardCaptions.of(pairs, seed) if NEGATIVE_CAPTIONS in needs else None,
+            text_rows=self._known.text_rows,
         )
         self._normalisation = Normalisation.of(clip.preprocess_config, clip.device)
         self._carrier = Carrier(clip.device)
@@ -182,6 +189,8 @@ class Loader:
             labels_BC=further.get("labels"),
             negative_tokens_BL=further.get("negative_tokens"),
             negative_ids_B=further.get("negative_ids"),
+            image_features_BD=self._known.of_images(image_ids_B),
+            text_features_BD=self._known.of_texts(further.get("text_rows")),
         )
 
     def _count_bad(self, pair: Pair, reason: str) -> None:
