@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,7 @@ from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.readying import Readying
+from cliptune_server.engine.payload import pictures
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.sizes import ImageSizes
 from cliptune_server.engine.spans import Caller
@@ -47,7 +49,7 @@ from cliptune_server.engine.vectors import VectorCache
 _log = logging.getLogger(__name__)
 
 _CANARY_TEXT: Final = "a photo"
-_CANARY_IMAGE: Final = tensor_pb2.Image(pixels=pack(np.full((64, 48, 3), 127, dtype=np.uint8)))
+(_CANARY_IMAGE,) = pictures([tensor_pb2.Image(pixels=pack(np.full((64, 48, 3), 127, dtype=np.uint8)))], None)
 # Reading a model from a slow disk and building it; beyond that the loading thread hangs.
 _PROBE_LIMIT_S: Final = 60.0
 
@@ -201,7 +203,8 @@ class ModelSet:
             model.load_seconds = time.perf_counter() - began_s
             self._models[key] = model
             if not model.towers.small:
-                self.readying.begin(key, model.towers.freeze)
+                record = partial(self._batcher.on_device, model.towers.record_next, _PROBE_LIMIT_S)
+                self.readying.begin(key, model.towers.freeze, record)
             _log.info("model %s is loaded", key, extra={"path": path, "seconds": model.load_seconds})
             return model
 
@@ -298,7 +301,7 @@ class ModelSet:
             fast=way.decode.value == "fast",
         )
         return _Read(
-            towers=Towers(clip, way.autocast(self.device), way.dtype),
+            towers=Towers(clip, way.autocast(self.device), way.dtype, sizes.serving),
             base=base,
             way=way,
             trained_dims=manifest.matryoshka_dims if manifest else (),

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -32,14 +32,24 @@ class Readying:
         self._unwanted: Final[dict[str, threading.Event]] = {}
         self._tasks: Final[dict[str, asyncio.Task[None]]] = {}
 
-    def begin(self, key: str, work: Callable[[Callable[[], bool]], None]) -> None:
-        """Has `work` done; it asks the function that it is given whether nobody wants it any more."""
+    def begin(
+        self,
+        key: str,
+        work: Callable[[Callable[[], bool]], None],
+        then: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """Has `work` done; it asks the function that it is given whether nobody wants it any more.
+
+        `then`: afterwards, on the event loop, again and again while it says True.
+        """
         unwanted = self._unwanted[key] = threading.Event()
 
         async def run() -> None:
             loop = asyncio.get_running_loop()
             try:
                 await loop.run_in_executor(self._thread, work, unwanted.is_set)
+                while then is not None and not unwanted.is_set() and await then():
+                    pass
             except Exception:  # whatever a faster form fails with, the model serves as it is
                 _log.exception("no faster form of model %s was made", key)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -23,14 +24,18 @@ from torch import Tensor
 from cliptune.errors import OverloadedError
 from cliptune_model.acceleration.fidelity import Autocast
 from cliptune_model.acceleration.frozen import freeze
+from cliptune_model.acceleration.graphs import Forward, Graphs, Shape, cuda_recorder, shapes
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
-from cliptune_model.machine.device import free_memory_bytes
+from cliptune_model.machine.device import device_memory_bytes, free_memory_bytes
+from cliptune_model.towers.trimming import TextTrim
 
 _log = logging.getLogger(__name__)
 
 # Frozen and proved in a few tenths of a second.
 _SMALL_BYTES: Final = 64 * 2**20
+# Of the device's free memory, graphs take at most one part in so many.
+_GRAPHS_SHARE: Final = 10
 
 
 class Towers:
@@ -38,16 +43,23 @@ class Towers:
 
     Attributes:
         clip: as it was loaded.
-        form: what the forwards compute by, and why; they change it once, to another with the same results.
     """
 
     def __init__(
-        self, clip: Clip, autocast: Autocast = nullcontext, dtype: torch.dtype | None = None
+        self,
+        clip: Clip,
+        autocast: Autocast = nullcontext,
+        dtype: torch.dtype | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
-        """`autocast`: around each forward, where a lower precision (`dtype`) was found near enough."""
+        """`autocast`: around each forward, where a lower precision (`dtype`) was found near enough.
+        `image_size`: (height, width) that most images have; None: the model's own."""
         self.clip: Final = clip
-        self.form = Choice(subject="frozen_towers", value="eager", reason="a faster form is being made")
+        self._frozen = Choice(subject="frozen_towers", value="eager", reason="a faster form is being made")
         self._serving = clip
+        self._image_size: Final = image_size or clip.image_size
+        self._graphs: Graphs | None = None
+        self._unrecorded: list[Shape] | None = None
         self._autocast: Final = autocast
         self._dtype: Final = dtype
         self._device: Final = clip.device
@@ -64,6 +76,15 @@ class Towers:
         else:
             stacked = torch.stack(list(rows))
         return stacked.pin_memory() if self._device.type == "cuda" else stacked
+
+    @property
+    def form(self) -> Choice:
+        """What the forwards compute by, and why; later ones may be faster, with the same results."""
+        graphs = None if self._graphs is None else self._graphs.choice
+        if graphs is None:
+            return self._frozen
+        value = f"{self._frozen.value}, graphs" if graphs.value == "on" else self._frozen.value
+        return Choice(subject="towers", value=value, reason=f"{self._frozen.reason}; {graphs.reason}")
 
     @property
     def small(self) -> bool:
@@ -83,30 +104,58 @@ class Towers:
             room_bytes=free_memory_bytes(str(self._device)),
             stopped=stopped,
         )
-        self._serving, self.form = frozen.clip, frozen.choice
+        self._serving, self._frozen = frozen.clip, frozen.choice
         _log.info("%s = %s: %s", frozen.choice.subject, frozen.choice.value, frozen.choice.reason)
+
+    def record_next(self) -> bool:
+        """Records one more small batch as a CUDA graph, in milliseconds. False: there are no more.
+
+        On the device's thread, when `freeze` has ended: a graph holds the weights that it was recorded with.
+        """
+        if self._device.type != "cuda":
+            return False
+        if self._unrecorded is None:
+            lengths = TextTrim.of(self.clip.model, self.clip.context_length).lengths
+            self._unrecorded = shapes(self._image_size, lengths)
+            self._graphs = Graphs(
+                images=self._encode_images,
+                texts=self._encode_texts,
+                record=cuda_recorder(),
+                device=self._device,
+                room_bytes=free_memory_bytes(str(self._device)) // _GRAPHS_SHARE,
+                held_bytes=partial(device_memory_bytes, str(self._device)),
+            )
+        graphs = self._graphs
+        if graphs is None or not self._unrecorded:
+            return False
+        return graphs.add(self._unrecorded.pop(0))
 
     @torch.inference_mode()
     def images(self, images_NCHW: Tensor) -> npt.NDArray[np.float32]:
         """[N, 3, H, W] → [N, D]."""
-        try:
-            on_device_NCHW = images_NCHW.to(self._device, non_blocking=True)
-            with self._autocast():
-                features_ND = self._serving.encode_images(on_device_NCHW)
-            return self._numpy(features_ND)
-        except RuntimeError as error:
-            raise _told(error) from error
+        return self._features(self._encode_images, images_NCHW)
 
     @torch.inference_mode()
     def texts(self, tokens_NL: Tensor) -> npt.NDArray[np.float32]:
         """[N, L] int64 → [N, D]."""
+        return self._features(self._encode_texts, tokens_NL)
+
+    def _features(self, forward: Forward, batch: Tensor) -> npt.NDArray[np.float32]:
         try:
-            on_device_NL = tokens_NL.to(self._device, non_blocking=True)
-            with self._autocast():
-                features_ND = self._serving.encode_texts(on_device_NL)
-            return self._numpy(features_ND)
+            found_ND = None if self._graphs is None else self._graphs.run(batch)
+            if found_ND is None:
+                found_ND = forward(batch.to(self._device, non_blocking=True))
+            return self._numpy(found_ND)
         except RuntimeError as error:
             raise _told(error) from error
+
+    def _encode_images(self, images_NCHW: Tensor) -> Tensor:
+        with self._autocast():
+            return self._serving.encode_images(images_NCHW)
+
+    def _encode_texts(self, tokens_NL: Tensor) -> Tensor:
+        with self._autocast():
+            return self._serving.encode_texts(tokens_NL)
 
     def _numpy(self, features_ND: Tensor) -> npt.NDArray[np.float32]:
         rows_ND: npt.NDArray[np.float32] = self.clip.similarity.kept(features_ND).cpu().numpy()

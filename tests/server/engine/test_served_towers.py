@@ -16,7 +16,9 @@ import torch
 
 from cliptune import Client
 from cliptune_model.attention import AttentionPlan
+from cliptune_model.clip import build
 from cliptune_model.machine.proofs import UNKNOWN
+from cliptune_model.source import ModelSource
 from cliptune_server.engine.batcher import Batcher, BatcherConfig
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
@@ -25,7 +27,7 @@ from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.readying import Readying
 from cliptune_server.engine.towers import Towers
 from tests.support.daemon import running_daemon
-from tests.support.models import build_test_clip, export_test_model, publish_test_model
+from tests.support.models import TEST_MODEL, build_test_clip, export_test_model, publish_test_model
 
 torch.set_num_threads(1)
 MKL = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="no MKL")  # type: ignore[no-untyped-call]
@@ -162,3 +164,40 @@ def test_a_loaded_model_tells_how_it_is_served_and_one_that_is_not_does_not(tmp_
         assert served.towers_reason
         assert not by_version[1].HasField("served")
         assert client.get_model("shapes:2").message.HasField("served")
+
+
+async def test_what_follows_the_making_goes_on_until_it_says_so_or_the_model_goes() -> None:
+    readying = Readying()
+    turns: list[int] = []
+
+    async def then() -> bool:
+        turns.append(len(turns))
+        return len(turns) < 3
+
+    readying.begin("m:1", lambda unwanted: None, then)
+    await readying.settled("m:1")
+    assert turns == [0, 1, 2]
+
+    async def for_ever() -> bool:
+        await asyncio.sleep(0)
+        return True
+
+    readying.begin("m:2", lambda unwanted: None, for_ever)
+    await readying.end("m:2")
+    readying.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_cuda_towers_record_graphs_that_answer_as_the_forwards_do() -> None:
+    clip = build(ModelSource(name=TEST_MODEL), device="cuda")
+    towers = Towers(clip, lambda: torch.autocast("cuda", torch.bfloat16), torch.bfloat16)
+    rows = [torch.randn(3, *clip.image_size) for _ in range(3)]
+    texts = list(clip.tokenize_trimmed(["a red circle", "two blue squares"]))
+    before = towers.images(towers.stack(rows)), towers.texts(towers.stack(texts))
+    towers.freeze()
+    while towers.record_next():
+        pass
+    assert towers.form.value == "bf16, graphs", towers.form.reason
+    after = towers.images(towers.stack(rows)), towers.texts(towers.stack(texts))
+    for one_ND, other_ND in zip(before, after, strict=True):
+        assert (one_ND * other_ND).sum(axis=1).min() > 0.9999
