@@ -39,7 +39,6 @@ from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.readying import Readying
-from cliptune_server.engine.payload import pictures
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.sizes import ImageSizes
 from cliptune_server.engine.spans import Caller
@@ -49,7 +48,7 @@ from cliptune_server.engine.vectors import VectorCache
 _log = logging.getLogger(__name__)
 
 _CANARY_TEXT: Final = "a photo"
-(_CANARY_IMAGE,) = pictures([tensor_pb2.Image(pixels=pack(np.full((64, 48, 3), 127, dtype=np.uint8)))], None)
+_CANARY_IMAGE: Final = tensor_pb2.Image(pixels=pack(np.full((64, 48, 3), 127, dtype=np.uint8)))
 # Reading a model from a slow disk and building it; beyond that the loading thread hangs.
 _PROBE_LIMIT_S: Final = 60.0
 
