@@ -1,6 +1,7 @@
 """What a memory budget comes to: the planned step beside the best that a search by hand finds.
 
-For each budget the planner settles micro-batch and checkpointing as a job's start does; then whole steps are
+Steps are put together as a job's are, uncompiled: each setting would wait minutes for graphs of its own. For
+each budget the planner settles micro-batch and checkpointing as a job's start does; then whole steps are
 timed by its plan and by every setting of a grid, under the same limit of the allocator. The second table is
 memory and throughput against the micro-batch, which is also drawn: docs/memory.DEVICE.svg with `--draw`.
 
@@ -13,7 +14,7 @@ import argparse
 import gc
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ import torch
 from bench.accumulation import noise
 from bench.chart import Line, Panel, draw
 from bench.record import Columns, Result, cores, gpu, of_other_models, report
-from cliptune_model.attention import AttentionPlan, install
+from cliptune_model.attention import AttentionPlan
 from cliptune_model.clip import Clip, build
 from cliptune_model.machine.synchronize import synchronize
 from cliptune_model.source import ModelSource
@@ -32,12 +33,12 @@ from cliptune_trainer.memory.count import LiveBytes
 from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.plan.decide import Hardware, decide_hardware
 from cliptune_trainer.plan.execution import Execution
+from cliptune_trainer.plan.per_size import Executions
 from cliptune_trainer.plan.planning import Planner
-from cliptune_trainer.spec import DataConfig, LossConfig, ResourceConfig, Spec, TrainConfig
-from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
-from cliptune_trainer.steps.optim import build_optimizer
-from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.spec import DataConfig, ResourceConfig, Spec, TrainConfig
+from cliptune_trainer.steps.checkpointing import disable_checkpointing
 from cliptune_trainer.steps.step import Step, StepOutOfMemoryError, release_memory
+from cliptune_trainer.training.assembly import assemble
 
 # Of 24 tokens with the two around it.
 CAPTION: Final = "a photo of " * 7 + "a"
@@ -127,19 +128,19 @@ class Bench:
     def take(self, setting: Setting, execution: Execution, *, steps: int = _STEPS) -> Taken | None:
         """Times whole steps; None: they do not fit."""
         clip, device = self.clip, self.clip.device
-        install(clip.model, setting.attention)
-        if setting.checkpointing:
-            enable_checkpointing(clip)
-        objective = execution.objective(LossConfig(), clip.similarity)
-        optimizer = build_optimizer(clip.model, learning_rate=1e-6, weight_decay=0.1)
-        step = Step(
-            clip,
-            objective,
-            optimizer,
-            Precision(execution.precision, device),
-            clip_norm=1.0,
+        plan = replace(
+            execution.plan,
             micro_batch_size=setting.micro_batch_size,
+            checkpointing=setting.checkpointing,
+            attention=setting.attention.mode,
+            block_bytes=setting.attention.budget_bytes,
         )
+        planned = Executions(
+            by_size={clip.image_size: replace(execution, plan=plan)}, largest=clip.image_size
+        )
+        step = assemble(
+            self._spec(None, str(device)), clip, planned, batch_size=self.batch_size, learning_rate=1e-6
+        ).step
         release_memory(device)
         try:
             peak = self._peak_bytes(step)
@@ -155,7 +156,7 @@ class Bench:
         finally:
             disable_checkpointing(clip)
             clip.model.zero_grad(set_to_none=True)
-            del step, optimizer
+            del step
             release_memory(device)
 
     def _peak_bytes(self, step: Step) -> int:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor_config
 
 from cliptune_model.acceleration import compiled
 from cliptune_model.acceleration.compiled import Compilation, Pass, compile_towers
@@ -144,10 +145,10 @@ def test_where_the_compiler_fails_the_towers_run_as_they_are_and_the_reason_is_k
 ) -> None:
     clip, ours = pair
     monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    monkeypatch.setattr("torch._inductor.config.fx_graph_cache", False)
-    compilation = compile_towers(ours, ON)
-    assert_same(ours, clip)
+    # Not by monkeypatch: what it puts back, torch's settings take for taken away.
+    with inductor_config.patch({"cpp.cxx": ("/nowhere/g++",), "fx_graph_cache": False}):
+        compilation = compile_towers(ours, ON)
+        assert_same(ours, clip)
     assert compilation.choice.value == "off"
     assert "the compiler failed" in compilation.choice.reason
     assert compilation.graphs == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,6 +115,25 @@ def test_a_resumed_run_repeats_the_plan_bit_for_bit(make_job: MakeJob) -> None:
     assert job.losses(2) == {step: numbers for step, numbers in job.losses(1).items() if step > 2}
     assert job.losses(2)
     assert {progress.micro_batch_size for progress in progress_of(job, 2)} == {5}
+
+
+def test_a_run_that_goes_on_upon_another_kind_of_device_is_planned_anew(make_job: MakeJob) -> None:
+    job = make_job(train=SHORT, checkpoint={"every_steps": 2, "keep": 9})
+    trained(job)
+    for folder in job.folder.checkpoints.iterdir():
+        if folder.name != "step-00000002":
+            shutil.rmtree(folder)
+    shutil.rmtree(job.folder.export)
+    # As a device would have left it that had room for four pairs, and for two of late.
+    kept = job.folder.checkpoints / "step-00000002" / "training.json"
+    content = json.loads(kept.read_text())
+    counters = content["counters"]
+    counters["execution"] |= {"device": "mps", "micro_batch_size": 4}
+    (micro_batch,) = counters["micro_batches"].values()
+    micro_batch |= {"planned": 4, "size": 2}
+    kept.write_text(json.dumps(content))
+    assert trained(job, 2).outcome == trainer_pb2.OUTCOME_SUCCEEDED
+    assert {progress.micro_batch_size for progress in progress_of(job, 2)} == {12}
 
 
 @contextmanager

@@ -6,8 +6,9 @@ installed, and by the benchmarks.
 
 All blocks of a tower share their code, so one block is compiled, not twelve: seconds instead of minutes.
 There is a graph for each shape (micro-batch, text length), with gradients and without; their number is
-bounded, and whatever lies beyond, or cannot be compiled, runs as it is, to the same result. In evaluation
-mode nothing is compiled: its batches have many shapes.
+bounded, and whatever lies beyond, or cannot be compiled, runs as it is, to the same result: random masks are
+those of torch's own kernels, compiled or not. In evaluation mode nothing is compiled: its batches have many
+shapes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ _log = logging.getLogger(__name__)
 GRAPH_LIMIT: Final = 80
 # Of each further image size: two kinds of block, parts with gradients and without, the last part.
 _GRAPHS_OF_A_SIZE: Final = 8
+
+# Whose code compiles, or calls what was compiled.
+_OF_THE_COMPILER: Final = ("torch._inductor", "torch._functorch._aot_autograd", "triton")
 
 Graph = Callable[..., Any]
 
@@ -84,7 +88,8 @@ class Compilation:
         self.compile_s = 0.0
         self._clip = clip
         self._modules: list[nn.Module] = []
-        self._backend, self._options = backend, dict(options)
+        self._backend = backend
+        self._options: dict[str, Any] = dict(options)
 
     def warm_up(self, passes: Iterable[Pass], autocast: Callable[[], AbstractContextManager[object]]) -> None:
         """Compile what the steps will need, outside of any step; other shapes are compiled when they come.
@@ -132,6 +137,23 @@ class Compilation:
         self._modules = []
         self.choice = Choice(subject=self.choice.subject, value="off", reason=reason)
 
+    @property
+    def on(self) -> bool:
+        """Whether blocks run compiled, or will when they are called."""
+        return self.choice.value == "on"
+
+    def gives_up(self, error: BaseException) -> bool:
+        """After an error in the middle of a step: back to the modules as they were, if the compiler raised it
+        or what it made; False: the error is another's, and nothing changes.
+
+        A backward pass is compiled when it is first gone through. Where that fails, the forward pass is over:
+        the step has to be taken again.
+        """
+        if not self.on or not _of_the_compiler(error):
+            return False
+        self.stop(f"the compiler failed: {_first_line(error)}")
+        return True
+
     def _in_training(self, module: nn.Module, compiled: Graph) -> Graph:
         def call(*args: Any, **kwargs: Any) -> Any:
             if module.training:
@@ -149,7 +171,7 @@ class Compilation:
             return graph.forward
         began = time.perf_counter()
         try:
-            compiled: Graph = lookup_backend(self._backend)(graph, inputs, **self._options)
+            compiled: Graph = lookup_backend(self._backend)(graph, inputs, **self._options_for(graph))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler may raise anything; none of it needs to end a training
@@ -161,6 +183,14 @@ class Compilation:
             self.compile_s += time.perf_counter() - began
         self.graphs += 1
         return compiled
+
+    def _options_for(self, graph: torch.fx.GraphModule) -> dict[str, Any]:
+        if self._backend != "inductor" or not _draws(graph):
+            return self._options
+        # The compiler's own random numbers are others than torch's. A part of a batch goes through the towers
+        # twice, and need not be compiled both times: its masks must be the same.
+        patches = {**self._options.get("config_patches", {}), "fallback_random": True}
+        return {**self._options, "config_patches": patches}
 
 
 def compile_towers(
@@ -213,5 +243,28 @@ def _whole(model: Any) -> Iterator[nn.Module]:
     yield model.text if tower is None else tower.module.transformer
 
 
-def _first_line(error: Exception) -> str:
+def _draws(graph: torch.fx.GraphModule) -> bool:
+    """Whether something in it is left out at random."""
+    for node in graph.graph.nodes:
+        name = getattr(node.target, "__name__", node.target)
+        if name == "dropout":
+            p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            if p != 0.0:
+                return True
+        elif name in ("bernoulli", "bernoulli_"):
+            return True
+    return False
+
+
+def _of_the_compiler(error: BaseException) -> bool:
+    """By its class, or by where it was raised: a compiler's errors are of many classes."""
+    frame = error.__traceback__
+    while frame is not None:
+        if str(frame.tb_frame.f_globals.get("__name__")).startswith(_OF_THE_COMPILER):
+            return True
+        frame = frame.tb_next
+    return isinstance(error, TorchDynamoException)
+
+
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

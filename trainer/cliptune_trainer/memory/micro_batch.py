@@ -19,11 +19,12 @@ class MicroBatch:
 
     Attributes:
         size: pairs for the next step.
+        planned: pairs that there may be at most.
     """
 
     def __init__(self, planned: int) -> None:
         self.size = planned
-        self._planned = planned
+        self.planned = planned
         self._patience = PATIENCE_STEPS
         self._quiet_steps = 0
         self._grown = False
@@ -31,7 +32,7 @@ class MicroBatch:
     @property
     def reduced(self) -> bool:
         """It is below what was planned."""
-        return self.size < self._planned
+        return self.size < self.planned
 
     def halve(self) -> bool:
         """After a step that did not fit, or when others need memory; False: it is 1 already."""
@@ -57,14 +58,14 @@ class MicroBatch:
 
     def grow(self) -> None:
         """To the double, at most to what was planned."""
-        self.size = min(2 * self.size, self._planned)
+        self.size = min(2 * self.size, self.planned)
         self._quiet_steps, self._grown = 0, True
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: JSON values."""
         return {
             "size": self.size,
-            "planned": self._planned,
+            "planned": self.planned,
             "patience": self._patience,
             "quiet_steps": self._quiet_steps,
             "grown": self._grown,

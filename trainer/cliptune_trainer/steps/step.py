@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from cliptune.errors import InvalidInputError
+from cliptune_model.acceleration.compiled import Compilation
 from cliptune_model.clip import Clip
 from cliptune_trainer.data.loading.loader import Batch
 from cliptune_trainer.losses.objective import Objective
@@ -107,6 +108,8 @@ class Step:
         batch_norms: what batch normalisation does with its statistics; None: as torch does it.
         teacher: for objectives that need the starting model.
         half_weights: what stands in for weights in batches that are divided; None: nothing does.
+        compilation: of the towers. Where the compiler fails it is off from then on, and the step in which it
+            did is computed again from its beginning, uncompiled. None: they are not compiled.
 
     Attributes:
         micro_batch_size: may be changed between steps, and after a `StepOutOfMemoryError`.
@@ -125,9 +128,10 @@ class Step:
         batch_norms: BatchNorms | None = None,
         teacher: StartingModel | None = None,
         half_weights: HalfWeights | None = None,
+        compilation: Compilation | None = None,
     ) -> None:
         self._clip, self._objective, self._optimizer, self._precision = clip, objective, optimizer, precision
-        self._teacher, self._half_weights = teacher, half_weights
+        self._teacher, self._half_weights, self._compilation = teacher, half_weights, compilation
         self._max_norm = clip_norm or math.inf
         self._texts_per_image = texts_per_image
         self._batch_norms = batch_norms or BatchNorms(clip.model)
@@ -158,7 +162,7 @@ class Step:
         self._batch_norms.prepare()
         random, statistics = RandomState.capture(self._device), self._batch_norms.capture()
         size = self.micro_batch_size or len(batch.tokens_BL)
-        loss = self._gradients_or_out_of_memory(batch, size, random, statistics)
+        loss = self._sure_gradients(batch, size, random, statistics)
         scaler = self._precision.scaler
         scale = None if scaler is None else scaler.scale
         with torch.no_grad():
@@ -184,22 +188,30 @@ class Step:
 
         return StepInFlight(*_to_host(values), finish)
 
-    def _gradients_or_out_of_memory(
+    def _sure_gradients(
         self, batch: Batch, size: int, random: RandomState, statistics: list[Tensor]
     ) -> Tensor:
-        message = ""
-        try:
-            return self._gradients(batch, size)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            message = str(error)
-        # Outside the handler: the error's traceback holds the tensors that filled the memory.
-        self._optimizer.zero_grad(set_to_none=True)
-        random.restore()
-        self._batch_norms.restore(statistics)
-        release_memory(self._device)
-        raise StepOutOfMemoryError(size, message)
+        """The gradients and the loss, computed in one way from beginning to end; or no trace of them."""
+        while True:
+            compilation = self._compilation if self._compilation and self._compilation.on else None
+            out_of_memory = None
+            try:
+                loss = self._gradients(batch, size)
+                if compilation is None or compilation.on:
+                    return loss
+                compilation.stop(compilation.choice.reason)  # some blocks were compiled, and others were not
+            except Exception as error:
+                if is_out_of_memory(error):
+                    out_of_memory = str(error)
+                elif compilation is None or not compilation.gives_up(error):
+                    raise
+            # Outside the handler: the error's traceback holds the tensors that filled the memory.
+            self._optimizer.zero_grad(set_to_none=True)
+            random.restore()
+            self._batch_norms.restore(statistics)
+            release_memory(self._device)
+            if out_of_memory is not None:
+                raise StepOutOfMemoryError(size, out_of_memory)
 
     def _gradients(self, batch: Batch, size: int) -> Tensor:
         self._allocate_optimizer_state()

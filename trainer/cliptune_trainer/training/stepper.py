@@ -18,32 +18,23 @@ from typing import Any, Final
 from torch import Tensor
 
 from cliptune.errors import OverloadedError
-from cliptune_model.acceleration.compiled import compile_towers
-from cliptune_model.acceleration.lean import make_lean
 from cliptune_model.attention import install
 from cliptune_model.clip import Clip
 from cliptune_model.proven_sizes import told
 from cliptune_trainer.data.loading.loader import Batch
-from cliptune_trainer.losses.temperature import hold
-from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.memory.micro_batch import MicroBatch
 from cliptune_trainer.memory.plan import gib
 from cliptune_trainer.memory.pressure import Pressure
-from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.plan.per_size import Executions
 from cliptune_trainer.reporting.events import Reporter
 from cliptune_trainer.resolution.schedule import Look
 from cliptune_trainer.spec import Spec
-from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm
 from cliptune_trainer.steps.checkpointing import disable_checkpointing, enable_checkpointing
-from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
-from cliptune_trainer.steps.larger_parts import passes_of
-from cliptune_trainer.steps.optim import build_optimizer, load_state_tensors, state_tensors
-from cliptune_trainer.steps.precision import Precision
+from cliptune_trainer.steps.optim import load_state_tensors, state_tensors
 from cliptune_trainer.steps.probing import LinearProbe
-from cliptune_trainer.steps.step import Step, StepInFlight, StepOutOfMemoryError, release_memory
+from cliptune_trainer.steps.step import StepInFlight, StepOutOfMemoryError, release_memory
 from cliptune_trainer.steps.stochastic_depth import StochasticDepth
-from cliptune_trainer.steps.teacher import StartingModel
+from cliptune_trainer.training.assembly import assemble
 
 _log = logging.getLogger(__name__)
 # A micro-batch whose activations take less than this is no help to anybody who is short of memory.
@@ -61,6 +52,8 @@ class StepperState:
 
 class Stepper:
     """The model in the form that its plan asks for, its optimizer, and how its steps are taken.
+
+    A compiler that fails on the way costs the step another computation, from its beginning and uncompiled.
 
     Args:
         spec: the job.
@@ -87,66 +80,23 @@ class Stepper:
         execution = executions.common
         plan = execution.plan
         self._size, self._plan = executions.largest, plan
-        limit_process(clip.device, plan.budget_bytes)
-        self.precision = Precision(execution.precision, clip.device)
-        self._objective = execution.objective(spec.loss, clip.similarity).to(clip.device)
-        hold(clip.model, spec.loss)
-        self._optimizer = build_optimizer(
-            clip.model,
-            learning_rate=learning_rate,
-            weight_decay=spec.train.weight_decay,
-            scaled=self.precision.scaler is not None,
-            fused=execution.policy.fuses,
-            beside={"similarity": clip.similarity, "loss": self._objective},
-            layer_decay=spec.train.layer_decay,
+        assembly = assemble(
+            spec, clip, executions, batch_size=batch_size, learning_rate=learning_rate, teacher=teacher
         )
+        self._take_step, self._optimizer = assembly.step, assembly.optimizer
+        self._objective, self._precision = assembly.objective, assembly.precision
+        self._compilation = assembly.compilation
         self._probe = LinearProbe(clip.model) if spec.train.probe_fraction else None
-        install(clip.model, plan.attention_plan)
-        if plan.checkpointing:
-            enable_checkpointing(clip)
-        norms = choose_batch_norm(
-            clip.model,
-            pretrained=clip.pretrained,
-            batch_size=batch_size,
-            micro_batch_size=plan.micro_batch_size,
-        )
         self._stochastic_depth = StochasticDepth(clip.model)
-        sizes = executions.by_size
-        self.compilation = compile_towers(clip, execution.policy.compile, image_sizes=len(sizes))
-        halves = HalfWeights.of(
-            clip, self.precision, choose_half_weights(clip, execution.precision, clip.device.type)
-        )
-        for divided in (False, True):
-            passes = {
-                one
-                for size, planned in sizes.items()
-                if (planned.plan.micro_batch_size < batch_size) is divided
-                for one in passes_of(
-                    clip.at(size), batch_size, planned.plan.micro_batch_size, execution.text_tokens
-                )
-            }
-            with halves.standing_in() if halves and divided else nullcontext():
-                self.compilation.warm_up(passes, self.precision.autocast)
-        if execution.policy.compiles and self.compilation.choice.value == "off":
-            reporter.notice("not-compiled", f"the towers run uncompiled: {self.compilation.choice.reason}")
+        self._compiles = execution.policy.compiles
+        self._tell_if_uncompiled()
         self._micro_batches = {
-            size: MicroBatch(planned.plan.micro_batch_size) for size, planned in sizes.items()
+            size: MicroBatch(planned.plan.micro_batch_size) for size, planned in executions.by_size.items()
         }
         self._pressure = Pressure(clip.device)
         # Weights, gradients and moments stay whatever the micro-batch is.
         self._kept_bytes = sum(
             (16 if weight.requires_grad else 4) * weight.numel() for weight in clip.model.parameters()
-        )
-        self._take_step = Step(
-            clip,
-            self._objective,
-            self._optimizer,
-            self.precision,
-            clip_norm=spec.train.clip_norm,
-            micro_batch_size=plan.micro_batch_size,
-            batch_norms=BatchNorms(clip.model, frozen=norms.value == FROZEN),
-            teacher=None if teacher is None else _as_planned(teacher, execution),
-            half_weights=halves,
         )
 
     @property
@@ -187,7 +137,16 @@ class Stepper:
                 self._halve(str(error))
             else:
                 self._micro_batch.step_done()
+                self._tell_if_uncompiled()
                 return flight
+
+    def _tell_if_uncompiled(self) -> None:
+        """Once, when the compiler has failed."""
+        if self._compiles and not self._compilation.on:
+            self._compiles = False
+            reason = self._compilation.choice.reason
+            self._compilation.stop(reason)
+            self._reporter.notice("not-compiled", f"the towers run uncompiled: {reason}")
 
     def _halve(self, why: str) -> None:
         before = self._micro_batch.size
@@ -231,7 +190,7 @@ class Stepper:
 
     def state(self) -> StepperState:
         """For a checkpoint: what the next steps depend on. Waits for the device."""
-        scaler = self.precision.scaler
+        scaler = self._precision.scaler
         return StepperState(
             values={
                 "scaler": scaler.state_dict() if scaler else None,
@@ -256,18 +215,12 @@ class Stepper:
         load_state_tensors(
             self._optimizer, {name: tensor for name, tensor in tensors.items() if name not in own}
         )
-        if self.precision.scaler is not None and values["scaler"] is not None:
-            self.precision.scaler.load_state_dict(values["scaler"])
+        if self._precision.scaler is not None and values["scaler"] is not None:
+            self._precision.scaler.load_state_dict(values["scaler"])
         stored = values.get("micro_batches", {})
         if "micro_batch" in values:  # of a checkpoint that knew one size
             stored = {told(self._executions.largest): values["micro_batch"]}
-        for size in self._micro_batches:
-            if told(size) in stored:
-                self._micro_batches[size] = MicroBatch.of(stored[told(size)])
-
-
-def _as_planned(teacher: Clip, execution: Execution) -> StartingModel:
-    """The teacher, computed as the student is."""
-    make_lean(teacher, execution.lean)
-    install(teacher.model, execution.plan.attention_plan)
-    return StartingModel(teacher)
+        for size, planned in self._micro_batches.items():
+            before = MicroBatch.of(stored[told(size)]) if told(size) in stored else planned
+            if before.planned == planned.planned:  # planned anew, on another device: nothing is known of it
+                self._micro_batches[size] = before
