@@ -1,6 +1,7 @@
 """Whether fine-tuning here makes better models, and what they forget: every way beside every other.
 
     python -m bench.quality --data FOLDER --device cuda --parallel 4
+    python -m bench.quality --data FOLDER --model cliptune-mini-vit --amounts few    # a part of it, on a CPU
 
 FOLDER holds the tars medical_bccd, scientific_nuclei, general_clipart and general_tuxpaint_stamps; solar
 cells come from the package elpv-dataset. Both embedded models start on each set, with all rows and with 16
@@ -10,10 +11,14 @@ recipe's prompts, in percent, mean over seeds and how far the 95 % interval (Stu
 over the starting model; "more than open_clip" is of the runs in pairs, seed by seed. General loss is of
 recall@1 of text from image in points, the mean of all stamps and the clip art's test split.
 
+Runs are kept as they end, in `bench/results/quality.DEVICE.runs.jsonl`: the same command goes on where it was
+cut off, other ones add to the table.
+
 Sides: `open_clip` does what open_clip_train does unless told otherwise (see `bench.domains`). `FLYP` has the
 settings of Goyal et al. 2023: 1e-5 with a decay of 0.1 on InfoNCE. `recipe` is what naming the domain
 brings, unguarded; `guard` is the same with the clip art's validation split as its probe, `guard, no data`
-without a probe; `mean` and `L2-SP` add one of the two to `guard`. `LoRA` trains adapters of rank 2 alone.
+without one, by the pictures of that split that cliptune-mini brings; `mean` and `L2-SP` add one of the two to
+`guard`. `LoRA` trains adapters of rank 2 alone.
 """
 
 from __future__ import annotations
@@ -29,17 +34,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from bench.domain_sets import ALL, DomainSet, lay_ready
+from bench.domain_sets import ALL, SETS, DomainSet, lay_ready
 from bench.domains import open_clip
+from bench.kept_runs import KeptRuns, asked_for, runs_file
 from bench.record import Columns, Result, tables
 from bench.trained import (
     RECIPE,
     Judged,
     Work,
-    all_trained,
     arguments_of,
     budget,
     device_name,
+    each_trained,
     general,
     interval,
     merged,
@@ -236,29 +242,87 @@ def over_all(found: Sequence[Judged], starts: Mapping[tuple[str, str], float]) -
     return lines
 
 
+def start_key(model: str, subject: str = "") -> str:
+    """Of a starting model's figure on a set, or of its general knowledge."""
+    return f"{model}|{subject}"
+
+
+def trained_key(model: str, arm: str) -> str:
+    """Of the share of the parameters that an adapter's side trains, in percent."""
+    return f"{model}||{arm}"
+
+
+def result_of(kept: KeptRuns, device: str | None) -> Result:
+    """The tables of all runs that are kept, by whichever command.
+
+    Args:
+        kept: the runs, and figures of their starting models.
+        device: that they ran on; None: this machine's cores.
+    """
+    sets = [DomainSet(name=name, folder=Path(), images=Path()) for name in SETS]
+    # Of runs that differ in their budget the last one counts.
+    found = list({(one.arm, one.subject, one.seed): one for one in kept.found.values()}.values())
+    models = sorted({one.arm.split("|")[0] for one in found})
+    lines = [
+        line
+        for model in models
+        for rows in (FULL, FEW)
+        for subject in sets
+        if start_key(model, subject.name) in kept.starts
+        for line in lines_of(
+            subject,
+            model,
+            rows,
+            kept.starts[start_key(model, subject.name)],
+            kept.starts[start_key(model)],
+            [other for other in found if other.subject == subject.name],
+            {arm: kept.starts.get(trained_key(model, arm), 100.0) for arm in ARMS},
+        )
+    ]
+    knew = {(model, ""): kept.starts[start_key(model)] for model in models}
+    more = {"What is forgotten, over all runs": over_all(found, knew)}
+    return Result.of(NAME, lines, device=device, more=more)
+
+
+def measure_starts(
+    kept: KeptRuns, model: str, sets: Sequence[DomainSet], device: str, judged_by: Mapping[str, Path]
+) -> None:
+    """What a model can do before any training, where it is not kept yet."""
+    if start_key(model) not in kept.starts:
+        clip = build(ModelSource(name=model), device=device)
+        kept.add_start(start_key(model), known(general(clip, judged_by)))
+    for subject in sets:
+        if (key := start_key(model, subject.name)) not in kept.starts:
+            asked = starting_point(subject, model, device)
+            kept.add_start(key, asked[subject.about.questions[0].column, RECIPE][recipe_metric(subject)])
+
+
 def main() -> None:
     """Entry point."""
     parser = arguments_of(__doc__)
     parser.set_defaults(model="")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(ARMS), metavar="SIDE")
     parser.add_argument("--few-epochs", type=int, default=40, help="with few rows (default: %(default)s)")
+    parser.add_argument(
+        "--amounts", nargs="+", choices=("all", "few"), default=["all", "few"], help="of training rows"
+    )
+    parser.add_argument("--anew", action="store_true", help="forget the runs that are kept")
     given = parser.parse_args()
     models = (given.model,) if given.model else MODELS
+    device = device_name(given.device)
+    path = None if given.rows else runs_file(NAME, device)
+    if given.anew and path is not None:
+        path.unlink(missing_ok=True)
+    kept = KeptRuns(path)
     with tempfile.TemporaryDirectory(prefix="cliptune-bench-") as folder:
         home = Path(folder)
         judged_by, probe = general_tables(given.data, home)
         whole = [lay_ready(name, given.data, home, rows=given.rows) for name in given.sets]
-        subjects = [(FULL, one, given.epochs) for one in whole]
-        subjects += [(FEW, few(one), given.few_epochs) for one in whole]
+        subjects = [(FULL, one, given.epochs) for one in whole] if "all" in given.amounts else []
+        subjects += [(FEW, few(one), given.few_epochs) for one in whole] if "few" in given.amounts else []
         wanted: list[Work] = []
-        starts: dict[tuple[str, str], float] = {}
         for model in models:
-            clip = build(ModelSource(name=model), device=given.device)
-            starts[model, ""] = known(general(clip, judged_by))
-            for subject in whole:
-                asked = starting_point(subject, model, given.device)
-                question = subject.about.questions[0].column
-                starts[model, subject.name] = asked[question, RECIPE][recipe_metric(subject)]
+            measure_starts(kept, model, whole, given.device, judged_by)
             for rows, subject, epochs in subjects:
                 wanted += works(
                     subject,
@@ -271,34 +335,21 @@ def main() -> None:
                     judged_by=judged_by,
                     probe=probe,
                 )
-        percent = {work.arm: trained_percent(work) for work in wanted if work.seed == 0}
+        for work in wanted:
+            model, _, arm = work.arm.split("|")
+            if "adapter" in work.spec and (key := trained_key(model, arm)) not in kept.starts:
+                kept.add_start(key, trained_percent(work))
+        missing = [work for work in wanted if asked_for(work, home) not in kept.found]
+        print(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them kept from before", flush=True)
         # Seed by seed, so that a run cut short has whole comparisons.
-        wanted.sort(key=lambda work: work.seed)
-        found: list[Judged] = []
-        result: Result | None = None
-        for one in all_trained(wanted, given.parallel):
-            found.append(one)
-            lines = [
-                line
-                for model in models
-                for rows, subject, _ in subjects
-                for line in lines_of(
-                    subject,
-                    model,
-                    rows,
-                    starts[model, subject.name],
-                    starts[model, ""],
-                    [other for other in found if other.subject == subject.name],
-                    {arm: percent.get("|".join((model, rows, arm)), 100.0) for arm in ARMS},
-                )
-            ]
-            more = {"What is forgotten, over all runs": over_all(found, starts)}
-            result = Result.of(NAME, lines, device=device_name(given.device), more=more)
-            if not given.rows:
-                result.store()
+        missing.sort(key=lambda work: work.seed)
+        for work, one in each_trained(missing, given.parallel):
+            kept.add(asked_for(work, home), one)
             print(f"{one.subject}, {one.arm}, seed {one.seed}: {one.train_s:.1f} s", flush=True)
-        if result is not None:
-            print(tables(result))
+            result = result_of(kept, device)
+            if path is not None:
+                result.store()
+        print(tables(result_of(kept, device)))
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -214,12 +214,20 @@ def recipe_metric(subject: DomainSet) -> str:
 
 def all_trained(works: Sequence[Work], parallel: int) -> Iterator[Judged]:
     """Runs, as they end. More than one at a time: each in a process of its own."""
+    for _, judged in each_trained(works, parallel):
+        yield judged
+
+
+def each_trained(works: Sequence[Work], parallel: int) -> Iterator[tuple[Work, Judged]]:
+    """Runs, as they end, each with what it was asked for."""
     if parallel == 1:
-        yield from map(train, works)
+        for work in works:
+            yield work, train(work)
         return
     with ProcessPoolExecutor(parallel, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(train, work) for work in works]):
-            yield future.result()
+        asked = {pool.submit(train, work): work for work in works}
+        for future in as_completed(asked):
+            yield asked[future], future.result()
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -13,6 +13,7 @@ import torch
 
 from bench import quality
 from bench.domain_sets import DomainSet, lay_ready
+from bench.kept_runs import KeptRuns, asked_for
 from bench.trained import RECIPE, Judged, Work, general, merged, recipe_metric, starting_point, train
 from cliptune.domains import layered
 from cliptune.spec import spec_from_mapping
@@ -130,3 +131,52 @@ def test_a_run_is_judged_on_the_domain_and_in_general_and_its_lines_tell_both(
     assert quality.trained_percent(asked["LoRA"]) < 50 < quality.trained_percent(asked["recipe"])
     (line,) = [line for line in quality.over_all(found, {(start, ""): knew}) if line["side"] == "guard"]
     assert line["runs"] == 1
+
+
+def judged(arm: str, seed: int, value: float) -> Judged:
+    metric = quality.recipe_metric(DomainSet(name="elpv", folder=Path(), images=Path()))
+    return Judged(
+        arm=f"cliptune-mini|{quality.FEW}|{arm}",
+        seed=seed,
+        subject="elpv",
+        test={("label", RECIPE): {metric: value}},
+        validation=0.5,
+        logit_scale=30.0,
+        steps=8,
+        step_s=0.1,
+        train_s=1.0,
+        general={"drawings": {"retrieval/image_to_text_recall@1": 0.2}},
+        share=0.4,
+    )
+
+
+def test_runs_are_kept_as_they_end_and_the_table_is_of_all_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "quality.runs.jsonl"
+    first = KeptRuns(path)
+    first.add_start(quality.start_key("cliptune-mini"), 0.3)
+    first.add_start(quality.start_key("cliptune-mini", "elpv"), 0.25)
+    first.add_start(quality.trained_key("cliptune-mini", "LoRA"), 0.7)
+    first.add("a", judged("recipe", 0, 0.5))
+    first.add("b", judged("LoRA", 0, 0.4))
+    with path.open("a") as file:
+        file.write('{"asked": "c", "run": {"ar')  # cut off
+    again = KeptRuns(path)
+    assert again.found == first.found
+    assert again.starts == first.starts
+    again.add("c", judged("recipe", 1, 0.6))
+    lines = {line["side"]: line for line in quality.result_of(KeptRuns(path), None).rows}
+    assert lines["recipe"]["seeds"] == 2
+    assert lines["recipe"]["start"] == 25.0
+    assert lines["LoRA"]["trained %"] == 0.7
+    assert lines["LoRA"]["of recipe's gain"] == "60%"
+    assert str(lines["recipe"]["general loss"]).startswith("10.00")
+
+
+def test_a_run_is_the_same_wherever_its_files_lie_and_another_with_other_settings(
+    cells: DomainSet, pairs: Path, start: str
+) -> None:
+    home, moved = pairs.parent, Path("/elsewhere")
+    work = works_of(cells, pairs, start)["guard"]
+    there = works_of(cells, moved / pairs.name, start)["guard"]
+    assert asked_for(work, home) == asked_for(there, moved)
+    assert len({asked_for(one, home) for one in works_of(cells, pairs, start).values()}) == len(quality.ARMS)
