@@ -7,6 +7,7 @@ array is the caller's question (`check_finite`): a failed item of a batch is ans
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -43,26 +44,33 @@ def pack(array: npt.NDArray[Any]) -> tensor_pb2.Tensor:
 
 
 def unpack(tensor: tensor_pb2.Tensor) -> npt.NDArray[Any]:
-    """A message as a read-only array over the message's own bytes (no copy).
+    """A message as a read-only array over its bytes.
 
     `TensorError` when the dtype is unknown or bytes and shape do not agree.
     """
-    dtype = _DTYPES.get(tensor.dtype)
+    return view(tensor.data, tensor.dtype, tensor.shape)
+
+
+def view(
+    data: bytes | memoryview, code: tensor_pb2.DataType.ValueType, sides: Sequence[int]
+) -> npt.NDArray[Any]:
+    """Bytes that lie somewhere else than in their message, as `unpack` makes an array of them."""
+    dtype = _DTYPES.get(code)
     if dtype is None:
-        raise TensorError(f"a tensor has dtype number {tensor.dtype}; allowed: {_NAMES}", allowed=_NAMES)
-    shape = tuple(tensor.shape)
+        raise TensorError(f"a tensor has dtype number {code}; allowed: {_NAMES}", allowed=_NAMES)
+    shape = tuple(sides)
     if any(side < 0 for side in shape):
         raise TensorError(f"a tensor has shape {list(shape)}", shape=list(shape))
     wanted_bytes = math.prod(shape) * dtype.itemsize
-    if wanted_bytes != len(tensor.data):
+    if wanted_bytes != len(data):
         raise TensorError(
             f"a tensor of shape {list(shape)} and dtype {dtype.name} has {wanted_bytes} bytes, "
-            f"not {len(tensor.data)}",
+            f"not {len(data)}",
             shape=list(shape),
-            bytes=len(tensor.data),
+            bytes=len(data),
         )
     try:
-        array = np.frombuffer(tensor.data, dtype=dtype).reshape(shape)
+        array = np.frombuffer(data, dtype=dtype).reshape(shape)
     except ValueError as error:  # more dimensions than numpy has, or an empty one beside a huge one
         raise TensorError(f"a tensor of shape {list(shape)}: {error}", shape=list(shape)) from None
     return array.astype(dtype.newbyteorder("="), copy=False)

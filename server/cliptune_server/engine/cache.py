@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliptune.errors import InvalidInputError
-from cliptune.v1 import tensor_pb2
+from cliptune_server.engine.payload import Picture
 
 DEFAULT_BYTES: Final = 64 * 1024 * 1024
 _DIGEST_BYTES: Final = 16
@@ -76,7 +76,7 @@ class EmbeddingCache:
             self.bytes -= _bytes(self._rows.pop(key))
 
 
-def image_digests(images: Sequence[tensor_pb2.Image]) -> list[bytes]:
+def image_digests(images: Sequence[Picture]) -> list[bytes]:
     """Of each image as it was sent: files by their bytes, pixels with type and shape. Takes 1 s for a GB."""
     return [_image_digest(image) for image in images]
 
@@ -91,10 +91,10 @@ def text_digests(texts: Sequence[str]) -> list[bytes]:
     ]
 
 
-def _image_digest(image: tensor_pb2.Image) -> bytes:
-    if image.WhichOneof("source") != "pixels":
-        return hashlib.blake2b(image.encoded, digest_size=_DIGEST_BYTES, person=b"f").digest()
-    found = hashlib.blake2b(image.pixels.data, digest_size=_DIGEST_BYTES, person=b"p")
+def _image_digest(image: Picture) -> bytes:
+    if image.pixels is None:
+        return hashlib.blake2b(image.data, digest_size=_DIGEST_BYTES, person=b"f").digest()
+    found = hashlib.blake2b(image.data, digest_size=_DIGEST_BYTES, person=b"p")
     found.update(repr((image.pixels.dtype, list(image.pixels.shape))).encode())
     return found.digest()
 

@@ -1,6 +1,6 @@
 """From what a caller sent to what a tower takes, on threads.
 
-Enters: `Image` messages and texts. Leaves: preprocessed image tensors and tokens, or the item's own error.
+Enters: `Picture`s and texts. Leaves: preprocessed image tensors and tokens, or the item's own error.
 Called by `inference.py`. Images are decoded on a bounded pool; texts on one thread of their own, because
 Hugging Face's tokenisers are not safe on several.
 
@@ -18,13 +18,12 @@ from typing import Final
 
 from torch import Tensor
 
-from cliptune.errors import CliptuneError, ImageDecodeError, TextError
-from cliptune.tensors import unpack
-from cliptune.v1 import tensor_pb2
+from cliptune.errors import CliptuneError, TextError
 from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.tokens import check_text
 from cliptune_server.engine.backlog import Stage
+from cliptune_server.engine.payload import Picture
 from cliptune_server.engine.progress import Progress
 
 # The largest image that is taken (100 megapixels) decodes in 3 s on one free core.
@@ -54,14 +53,14 @@ class Decoder:
         self._images.shutdown(wait=False, cancel_futures=True)
         self._texts.shutdown(wait=False, cancel_futures=True)
 
-    async def image(self, reader: ImageReader, image: tensor_pb2.Image, *, bulk: bool = False) -> Tensor:
+    async def image(self, reader: ImageReader, image: Picture, *, bulk: bool = False) -> Tensor:
         """One image → [3, H, W]; `bulk`: others go first. Raises what is wrong with it."""
         if bulk:
             async with self._bulk_turns:
                 return await self._decoded(reader, image)
         return await self._decoded(reader, image)
 
-    async def _decoded(self, reader: ImageReader, image: tensor_pb2.Image) -> Tensor:
+    async def _decoded(self, reader: ImageReader, image: Picture) -> Tensor:
         seconds: list[float] = []
         try:
             return await asyncio.get_running_loop().run_in_executor(
@@ -88,14 +87,11 @@ class Decoder:
                 done()
         return decoded
 
-    def _image(self, reader: ImageReader, image: tensor_pb2.Image, seconds: list[float]) -> Tensor:
+    def _image(self, reader: ImageReader, image: Picture, seconds: list[float]) -> Tensor:
         with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
-            match image.WhichOneof("source"):
-                case "encoded":
-                    return reader.encoded(image.encoded)
-                case "pixels":
-                    return reader.pixels(unpack(image.pixels))
-            raise ImageDecodeError("the image has neither bytes of a file nor pixels")
+            if image.is_file:
+                return reader.encoded(bytes(image.data))
+            return reader.pixels(image.array())
 
     def _tokenise(
         self, clip: Clip, texts: Sequence[str], seconds: list[float]

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from opentelemetry import trace
 
 from cliptune.errors import CliptuneError, DeadlineExceededError, InvalidInputError
-from cliptune.v1 import tensor_pb2
 from cliptune_server.engine.admission import Admission
 from cliptune_server.engine.backlog import Stage
 from cliptune_server.engine.batcher import Batcher, Lane
@@ -26,6 +25,7 @@ from cliptune_server.engine.cache import EmbeddingCache, image_digests, text_dig
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.expectation import Expectation, Part
 from cliptune_server.engine.models import ServedModel
+from cliptune_server.engine.payload import Picture
 from cliptune_server.engine.rows import Rows
 from cliptune_server.engine.spans import Caller, decode_span
 
@@ -56,7 +56,7 @@ class Embedder:
         self._cache: Final = cache
 
     async def images(
-        self, model: ServedModel, images: Sequence[tensor_pb2.Image], caller: Caller, resolution: str
+        self, model: ServedModel, images: Sequence[Picture], caller: Caller, resolution: str
     ) -> Rows:
         """[N, D] features of N images, brought to the size that `resolution` means."""
         size = model.sizes.asked(resolution)
@@ -206,12 +206,12 @@ class Embedder:
                 self._cache.put((lane.model, lane.tower), digests[place], row)
 
 
-_Hashed = TypeVar("_Hashed", str, tensor_pb2.Image)
+_Hashed = TypeVar("_Hashed", str, Picture)
 
 
 async def _digests(
     digest: Callable[[Sequence[_Hashed]], list[bytes]], items: Sequence[_Hashed]
 ) -> list[bytes]:
     """Beside the event loop, where that is worth a thread."""
-    size = sum(len(item) if isinstance(item, str) else item.ByteSize() for item in items)
+    size = sum(len(item) if isinstance(item, str) else len(item.data) for item in items)
     return digest(items) if size < _HASHED_AT_ONCE_BYTES else await asyncio.to_thread(digest, items)

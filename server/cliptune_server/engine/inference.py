@@ -28,6 +28,7 @@ from cliptune_server.engine.classes import (
 )
 from cliptune_server.engine.embedding import PROMPTS_AT_A_TIME, Embedder
 from cliptune_server.engine.models import ModelSet, ServedModel
+from cliptune_server.engine.payload import Picture, pictures
 from cliptune_server.engine.rows import Rows, item_errors, raise_single
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.spans import Caller
@@ -56,9 +57,9 @@ class Inference:
         self._admission.check_count("images", len(request.images))
         with (
             self._models.use(request.model) as model,
-            self._admission.room(len(request.images), request.ByteSize(), bulk=caller.bulk),
+            self._admission.room(len(request.images), _bytes(request, caller), bulk=caller.bulk),
         ):
-            rows = await self._embedder.images(model, request.images, caller, request.resolution)
+            rows = await self._embedder.images(model, _sent(request, caller), caller, request.resolution)
             rows.raise_single()
             vectors_ND = await _given(model.scores, model.scores.image_vectors, rows)
         return inference_pb2.EmbedImagesResponse(
@@ -75,7 +76,7 @@ class Inference:
         self._admission.check_count("texts", len(request.texts))
         with (
             self._models.use(request.model) as model,
-            self._admission.room(len(request.texts), request.ByteSize(), bulk=caller.bulk),
+            self._admission.room(len(request.texts), _bytes(request, caller), bulk=caller.bulk),
         ):
             rows = await self._embedder.texts(model, request.texts, caller)
             rows.raise_single()
@@ -97,10 +98,10 @@ class Inference:
         count = len(request.images) + len(request.texts)
         with (
             self._models.use(request.model) as model,
-            self._admission.room(count, request.ByteSize(), bulk=caller.bulk),
+            self._admission.room(count, _bytes(request, caller), bulk=caller.bulk),
         ):
             images, texts = await _both(
-                self._embedder.images(model, request.images, caller, request.resolution),
+                self._embedder.images(model, _sent(request, caller), caller, request.resolution),
                 self._embedder.texts(model, request.texts, caller),
             )
             images.raise_single()
@@ -121,12 +122,10 @@ class Inference:
         self._admission.check_count("pairs", len(request.pairs))
         with (
             self._models.use(request.model) as model,
-            self._admission.room(2 * len(request.pairs), request.ByteSize(), bulk=caller.bulk),
+            self._admission.room(2 * len(request.pairs), _bytes(request, caller), bulk=caller.bulk),
         ):
             images, texts = await _both(
-                self._embedder.images(
-                    model, [pair.image for pair in request.pairs], caller, request.resolution
-                ),
+                self._embedder.images(model, _sent(request, caller), caller, request.resolution),
                 self._embedder.texts(model, [pair.text for pair in request.pairs], caller),
             )
             errors = {**texts.errors, **images.errors}
@@ -158,10 +157,10 @@ class Inference:
         count = len(request.images) + min(prompts, PROMPTS_AT_A_TIME)
         with (
             self._models.use(request.model) as model,
-            self._admission.room(count, request.ByteSize(), bulk=caller.bulk),
+            self._admission.room(count, _bytes(request, caller), bulk=caller.bulk),
         ):
             images, texts = await _both(
-                self._embedder.images(model, request.images, caller, request.resolution),
+                self._embedder.images(model, _sent(request, caller), caller, request.resolution),
                 self._embedder.classes(model, [prompts for _, prompts in classes], caller),
             )
             images.raise_single()
@@ -198,6 +197,26 @@ def _cut(model: ServedModel, vectors_ND: Vector, dimensions: int) -> Vector:
     cut_ND = vectors_ND[:, :dimensions]
     length_N1 = np.linalg.norm(cut_ND, axis=1, keepdims=True)
     return np.asarray(cut_ND / np.maximum(length_N1, np.finfo(np.float32).tiny), dtype=np.float32)
+
+
+_WithImages = (
+    inference_pb2.EmbedImagesRequest
+    | inference_pb2.SimilarityRequest
+    | inference_pb2.ClassifyRequest
+    | inference_pb2.ScorePairsRequest
+)
+
+
+def _sent(request: _WithImages, caller: Caller) -> list[Picture]:
+    """The images of a request, wherever their bytes are."""
+    if isinstance(request, inference_pb2.ScorePairsRequest):
+        return pictures([pair.image for pair in request.pairs], caller.payload)
+    return pictures(request.images, caller.payload)
+
+
+def _bytes(request: _WithImages | inference_pb2.EmbedTextsRequest, caller: Caller) -> int:
+    """All that a request brings."""
+    return request.ByteSize() + (caller.payload.size_bytes if caller.payload is not None else 0)
 
 
 async def _given(scores: Scores, vectors: Callable[[Vector], Vector], rows: Rows) -> Vector:

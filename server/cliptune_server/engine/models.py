@@ -38,6 +38,7 @@ from cliptune_model.machine.proofs import Proofs
 from cliptune_server.engine.batcher import Batcher, Lane
 from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
+from cliptune_server.engine.payload import pictures
 from cliptune_server.engine.readying import Readying
 from cliptune_server.engine.scores import Scores
 from cliptune_server.engine.sizes import ImageSizes
@@ -48,7 +49,8 @@ from cliptune_server.engine.vectors import VectorCache
 _log = logging.getLogger(__name__)
 
 _CANARY_TEXT: Final = "a photo"
-_CANARY_IMAGE: Final = tensor_pb2.Image(pixels=pack(np.full((64, 48, 3), 127, dtype=np.uint8)))
+_CANARY_PIXELS: Final = pack(np.full((64, 48, 3), 127, dtype=np.uint8))
+_CANARY_IMAGE: Final = pictures([tensor_pb2.Image(pixels=_CANARY_PIXELS)])[0]
 # Reading a model from a slow disk and building it; beyond that the loading thread hangs.
 _PROBE_LIMIT_S: Final = 60.0
 
@@ -297,7 +299,7 @@ class ModelSet:
             clip,
             serving=(manifest.serving_size if manifest else None) or clip.image_size,
             proven=manifest.proven_sizes if manifest else (),
-            fast=way.decode.value == "fast",
+            decode=way.decode.value,
         )
         return _Read(
             towers=Towers(clip, way.autocast(self.device), way.dtype, sizes.serving),

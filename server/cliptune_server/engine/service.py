@@ -26,6 +26,7 @@ from cliptune_server.engine.cache import EmbeddingCache
 from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.inference import Inference
 from cliptune_server.engine.models import ModelSet
+from cliptune_server.engine.payload import Payload
 from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.spans import Caller
 
@@ -174,8 +175,10 @@ class Border(grpc.aio.ServerInterceptor):
 
 
 def _caller(context: _Context) -> Caller:
-    bulk = priority.is_bulk(context.invocation_metadata())
-    return Caller.current(context.time_remaining(), bulk=bulk)
+    metadata = context.invocation_metadata()
+    return Caller.current(
+        context.time_remaining(), bulk=priority.is_bulk(metadata), payload=Payload.told(metadata)
+    )
 
 
 async def _tell(context: _Context, error: CliptuneError) -> None:

@@ -18,6 +18,7 @@ from opentelemetry.util.types import Attributes
 
 from cliptune.tracing import tracer
 from cliptune.v1 import inference_pb2
+from cliptune_server.engine.payload import Payload
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,15 +59,20 @@ class Caller:
     """By time.monotonic. None: no limit."""
     bulk: bool = False
     """Nobody waits for it: what is interactive goes first."""
+    payload: Payload | None = None
+    """The bytes of its images, where they are not in its message."""
     timings: Timings = field(default_factory=Timings)
 
     @classmethod
-    def current(cls, timeout_s: float | None = None, *, bulk: bool = False) -> Caller:
+    def current(
+        cls, timeout_s: float | None = None, *, bulk: bool = False, payload: Payload | None = None
+    ) -> Caller:
         """The request that this task answers."""
         return cls(
             context=get_current(),
             deadline_s=None if timeout_s is None else time.monotonic() + timeout_s,
             bulk=bulk,
+            payload=payload,
         )
 
     def late(self) -> bool:

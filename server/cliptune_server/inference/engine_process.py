@@ -27,6 +27,7 @@ from cliptune.errors import CliptuneError, InvalidInputError, RequestTooLargeErr
 from cliptune.internal.v1 import engine_pb2, engine_pb2_grpc
 from cliptune.wire import DETAILS_KEY, error_from_rpc
 from cliptune_server.compute_environment import compute_environment
+from cliptune_server.inference.payloads import UNREADABLE, Payloads
 
 _KILL_LIMIT_S: Final = 3.0
 # A process that is being torn down closes its sockets first; memory of gigabytes takes a moment longer.
@@ -94,6 +95,7 @@ class EngineProcess:
     ) -> None:
         self.device: Final = device
         """What it chose: "cpu", "mps", "cuda", "cuda:1"."""
+        self.payloads: Final = Payloads(Path(target.removeprefix("unix:")).parent)
         self._process: Final = process
         self._config: Final = config
         options = [
@@ -181,8 +183,7 @@ class EngineProcess:
         Raises the engine's own error, or `UnavailableError` when the engine ends meanwhile.
         """
         try:
-            metadata = tracing.inject(priority.metadata(bulk=bulk))
-            return await pick(self._stub)(request, timeout=timeout_s, metadata=metadata)
+            return await self._send(pick, request, timeout_s, priority.metadata(bulk=bulk))
         except grpc.aio.AioRpcError as error:
             if _says_why(error):
                 raise error_from_rpc(error) from None
@@ -195,6 +196,24 @@ class EngineProcess:
             if task is not None and task.cancelling():
                 raise
             raise self._gone() from None  # the channel was closed under the call
+
+    async def _send(
+        self,
+        pick: Pick[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+        said: tuple[tracing.Pair, ...],
+    ) -> _Response:
+        """With its images beside it, where they are large and the engine can read them there."""
+        async with self.payloads.beside(request) as (message, place):
+            try:
+                metadata = tracing.inject((*said, *place))
+                return await pick(self._stub)(message, timeout=timeout_s, metadata=metadata)
+            except grpc.aio.AioRpcError as error:
+                if not place or UNREADABLE not in error_from_rpc(error).metadata:
+                    raise
+                self.payloads.turn_off(error.details() or "the engine cannot read it")
+        return await pick(self._stub)(request, timeout=timeout_s, metadata=tracing.inject(said))
 
     async def beat(self) -> None:
         """Heartbeats until there is a verdict, and gives it when the engine is stuck.

@@ -17,6 +17,7 @@ from cliptune_model.exported import export_model, load_exported, manifest_of
 from cliptune_server.engine.admission import Admission, AdmissionLimits
 from cliptune_server.engine.cache import EmbeddingCache, image_digests, text_digests
 from cliptune_server.engine.expectation import Expected
+from cliptune_server.engine.payload import pictures
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
 from tests.support import images
 
@@ -67,9 +68,10 @@ def test_digests_tell_content_kind_type_and_shape_apart() -> None:
         tensor_pb2.Image(pixels=pack(pixels.reshape(2, 8, 3))),
         tensor_pb2.Image(pixels=pack(pixels.view(np.float32).reshape(4, 1, 3))),
     ]
-    digests = [*image_digests(many), *text_digests(["a", "b", pixels.tobytes().decode("latin-1")])]
+    texts = ["a", "b", pixels.tobytes().decode("latin-1")]
+    digests = [*image_digests(pictures(many)), *text_digests(texts)]
     assert len(set(digests)) == len(digests)
-    assert image_digests(many) == image_digests(many)
+    assert image_digests(pictures(many)) == image_digests(pictures(many))
 
 
 def test_a_request_that_cannot_be_answered_in_its_time_is_shed_with_a_time_to_come_back() -> None:
