@@ -6,7 +6,8 @@ each model that it loads.
 - exact: open_clip's transform, bit by bit. Pixels that have the tower's size already skip what would not
   change them.
 - fast: a JPEG that is much larger than the tower's size is decoded at a half, a quarter or an eighth of its
-  size (libjpeg-turbo's DCT scaling) before it is resized. `fidelity.py` measures what that changes.
+  size (libjpeg-turbo's DCT scaling) before it is resized. `fidelity.py` measures what that changes. Beside
+  a GPU, some files may be decoded there (`gpu`), as the engine shares them out.
 
 Shape suffixes: C channels, H height, W width.
 """
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.clip import Clip
 from cliptune_model.pixels import decode_image, decode_scaled, image_from_pixels
 
@@ -29,8 +31,10 @@ DECODES: Final = ("exact", "fast")
 class ImageReader:
     """Reads images for one model."""
 
-    def __init__(self, clip: Clip, *, fast: bool = False) -> None:
+    def __init__(self, clip: Clip, *, fast: bool = False, gpu: GpuJpeg | None = None) -> None:
+        """`gpu`: what may read files too, as near to the exact way as was found enough."""
         self.fast: Final = fast
+        self.gpu: Final = gpu
         self._clip: Final = clip
         self._resize_mode: Final = str(clip.preprocess_config.get("resize_mode") or "shortest")
         self._mean_C11: Final = _column(clip.preprocess_config["mean"])

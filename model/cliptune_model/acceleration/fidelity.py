@@ -22,6 +22,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
@@ -50,10 +51,10 @@ class ServingWay:
     Attributes:
         precision: "fp32", "bf16" or "fp16".
         precision_cosine: the least one to fp32 that was measured; 1 for fp32 itself.
-        decode: "exact" or "fast".
+        decode: "exact", "fast", or "gpu": fast, and JPEG files on the GPU too.
         decode_cosine: the least one to the exact transform; 1 for that itself.
-        measured: cosines by way ("bf16", "fp16", "fast"), those that were known before and new ones, also of
-            ways that were not taken.
+        measured: cosines by way ("bf16", "fp16", "fast", "gpu"), those that were known before and new ones,
+            also of ways that were not taken.
     """
 
     precision: Choice
@@ -118,11 +119,12 @@ class _Cosines:
         """The least cosine of `way` to the exact one."""
         if way not in self.measured:
             photos = [_photo(seed) for seed in range(_PHOTOS)]
-            self.measured[way] = (
-                _fast_cosine(self.clip, photos)
-                if way == "fast"
-                else _precision_cosine(self.clip, photos, _DTYPES[way])
-            )
+            if way == "fast":
+                self.measured[way] = _fast_cosine(self.clip, photos)
+            elif way == "gpu":
+                self.measured[way] = _gpu_cosine(self.clip, photos)
+            else:
+                self.measured[way] = _precision_cosine(self.clip, photos, _DTYPES[way])
         return self.measured[way]
 
 
@@ -158,7 +160,27 @@ def _decode(cosines: _Cosines, wanted: str) -> tuple[Choice, float]:
     cosine = cosines.of("fast")
     if not cosine >= LEAST_COSINE:
         return choice("exact", f"scaled decoding would leave a cosine of {cosine:.5f}"), 1.0
-    return choice("fast", f"cosine to the exact transform {cosine:.5f}"), cosine
+    told = f"cosine to the exact transform {cosine:.5f}"
+    on_gpu, why = _gpu_decode(cosines)
+    if on_gpu is None:
+        return choice("fast", f"{told}; {why}" if why else told), cosine
+    return choice("gpu", f"{told}, on the GPU {on_gpu:.5f}"), min(cosine, on_gpu)
+
+
+def _gpu_decode(cosines: _Cosines) -> tuple[float | None, str]:
+    """The cosine of files that are decoded on the GPU, or None and why none are; on a CPU there is no GPU."""
+    if cosines.clip.device.type != "cuda":
+        return None, ""
+    why_not = GpuJpeg.why_not(cosines.clip)
+    if why_not:
+        return None, f"not on the GPU: {why_not}"
+    try:
+        cosine = cosines.of("gpu")
+    except (RuntimeError, ImportError) as error:
+        return None, f"not on the GPU: {type(error).__name__}: {str(error)[:200]}"
+    if not cosine >= LEAST_COSINE:
+        return None, f"not on the GPU: that would leave a cosine of {cosine:.5f}"
+    return cosine, ""
 
 
 def _precision_cosine(clip: Clip, photos: list[bytes], dtype: torch.dtype) -> float:
@@ -173,6 +195,12 @@ def _fast_cosine(clip: Clip, photos: list[bytes]) -> float:
     exact_ND = _image_features(clip, ImageReader(clip), photos, nullcontext)
     fast_ND = _image_features(clip, ImageReader(clip, fast=True), photos, nullcontext)
     return _least_cosine(exact_ND, fast_ND)
+
+
+def _gpu_cosine(clip: Clip, photos: list[bytes]) -> float:
+    exact_ND = _image_features(clip, ImageReader(clip), photos, nullcontext)
+    images_NCHW = torch.stack(GpuJpeg(clip, clip.device).read(photos))
+    return _least_cosine(exact_ND, clip.encode_images(images_NCHW).float().cpu())
 
 
 def _features(clip: Clip, reader: ImageReader, photos: list[bytes], autocast: Autocast) -> list[Tensor]:

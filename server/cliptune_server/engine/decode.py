@@ -23,6 +23,7 @@ from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.tokens import check_text
 from cliptune_server.engine.backlog import Stage
+from cliptune_server.engine.gpu_decode import GpuDecoding
 from cliptune_server.engine.payload import Picture
 from cliptune_server.engine.progress import Progress
 
@@ -47,14 +48,40 @@ class Decoder:
         self._bulk_turns: Final = asyncio.Semaphore(threads)
         self._images: Final = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._texts: Final = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
+        self._waiting = 0
+        self._gpu: Final = GpuDecoding(progress=progress, on_batch=self._on_gpu)
 
     def close(self) -> None:
         """Does not wait for what runs: nobody waits for its result."""
         self._images.shutdown(wait=False, cancel_futures=True)
         self._texts.shutdown(wait=False, cancel_futures=True)
+        self._gpu.close()
 
     async def image(self, reader: ImageReader, image: Picture, *, bulk: bool = False) -> Tensor:
-        """One image → [3, H, W]; `bulk`: others go first. Raises what is wrong with it."""
+        """One image → [3, H, W]; `bulk`: others go first. Raises what is wrong with it.
+
+        On the CPU, or on the GPU where that decoded it.
+        """
+        if reader.gpu is not None and image.is_file and self._gpu.is_sooner(self._threads_s()):
+            image_CHW = await self._gpu.image(reader.gpu, bytes(image.data))
+            if image_CHW is not None:
+                return image_CHW
+        self._waiting += 1
+        try:
+            return await self._on_threads(reader, image, bulk=bulk)
+        finally:
+            self._waiting -= 1
+
+    def _threads_s(self) -> float:
+        """Until a thread has decoded an image that comes now."""
+        return max(self.image_stage.alone_s, (self._waiting + 1) * self.image_stage.item_s)
+
+    def _on_gpu(self, files: int, seconds: float) -> None:
+        self.seconds += seconds
+        self.items += files
+        self.image_stage.record(files, seconds)
+
+    async def _on_threads(self, reader: ImageReader, image: Picture, *, bulk: bool) -> Tensor:
         if bulk:
             async with self._bulk_turns:
                 return await self._decoded(reader, image)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from cliptune.errors import InvalidInputError
+from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.clip import Clip
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.image_sizes import asked_size
@@ -42,16 +43,18 @@ class AskedSize:
 class ImageSizes:
     """Of one model. Used on the event loop."""
 
-    def __init__(self, clip: Clip, *, serving: Size, proven: Sequence[ProvenSize], fast: bool) -> None:
-        """`serving`: where a request asks for none. `fast`: as `ImageReader` takes it."""
+    def __init__(
+        self, clip: Clip, *, serving: Size, proven: Sequence[ProvenSize], decode: str = "exact"
+    ) -> None:
+        """`serving`: where a request asks for none. `decode`: as a `ServingWay` says it."""
         self._clip: Final = clip
         self._proven: Final = tuple(proven)
-        self._fast: Final = fast
+        self._decode: Final = decode
         self.serving: Final = serving
         self._most: Final = _BEYOND * max(
             *serving, *clip.image_size, *(side for one in self._proven for side in one.size)
         )
-        self.usual: Final = AskedSize(reader=ImageReader(clip.at(serving), fast=fast))
+        self.usual: Final = AskedSize(reader=self._reader(serving))
         self._others: OrderedDict[Size, AskedSize] = OrderedDict()
 
     def asked(self, resolution: str) -> AskedSize:
@@ -75,7 +78,7 @@ class ImageSizes:
         if found is None:
             area, usual = size[0] * size[1], self.serving[0] * self.serving[1]
             found = AskedSize(
-                reader=ImageReader(self._clip.at(size), fast=self._fast),
+                reader=self._reader(size),
                 mark=f"@{size[0]}x{size[1]}".encode(),
                 positions=max(1, round(area / usual)),
             )
@@ -83,3 +86,10 @@ class ImageSizes:
             if len(self._others) > _MOST_READERS:
                 self._others.popitem(last=False)
         return found
+
+    def _reader(self, size: Size) -> ImageReader:
+        clip = self._clip.at(size)
+        on_gpu = self._decode == "gpu" and not GpuJpeg.why_not(clip)
+        return ImageReader(
+            clip, fast=self._decode != "exact", gpu=GpuJpeg(clip, self._clip.device) if on_gpu else None
+        )

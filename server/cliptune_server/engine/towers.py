@@ -67,15 +67,18 @@ class Towers:
         clip.similarity.eval().requires_grad_(False)
 
     def stack(self, rows: Sequence[Tensor]) -> Tensor:
-        """N of [3, H, W] → [N, 3, H, W]; N of [L] int64, padded with 0 → [N, longest L]. On the CPU.
+        """N of [3, H, W] → [N, 3, H, W]; N of [L] int64, padded with 0 → [N, longest L].
 
-        Pinned where the device is a GPU, so that the copy does not hold up the host.
+        On the CPU, pinned where the device is a GPU, so that the copy does not hold up the host; on the
+        device where one of them is there already.
         """
         if rows[0].ndim == 1:
             stacked = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+        elif any(row.device.type != "cpu" for row in rows):  # decoded there
+            stacked = torch.stack([row.to(self._device, non_blocking=True) for row in rows])
         else:
             stacked = torch.stack(list(rows))
-        return stacked.pin_memory() if self._device.type == "cuda" else stacked
+        return stacked.pin_memory() if self._device.type == "cuda" and not stacked.is_cuda else stacked
 
     @property
     def form(self) -> Choice:

@@ -75,7 +75,7 @@ class LoadedModel(google.protobuf.message.Message):
     """"fp32", "bf16" or "fp16", and the least cosine to fp32 that was measured."""
     precision_cosine: builtins.float
     decode: builtins.str
-    """"exact" or "fast", and the least cosine to the exact transform that was measured."""
+    """"exact", "fast" or "gpu" (fast, JPEG files on the GPU too), and the least measured cosine to the exact way."""
     decode_cosine: builtins.float
     towers: builtins.str
     """What the towers compute by: "eager", "packed", "bf16", "fp16", or "off": as they were loaded. And why."""
