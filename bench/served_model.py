@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,8 +22,13 @@ MODEL = "benched"
 
 
 @contextmanager
-def served_model(architecture: str, *, threads: int) -> Iterator[tuple[RunningDaemon, Clip]]:
-    """A daemon that serves it as `MODEL`, ready, on the CPU with so many threads."""
+def served_model(
+    architecture: str, *, threads: int, device: str = "cpu", flags: Sequence[str] = ()
+) -> Iterator[tuple[RunningDaemon, Clip]]:
+    """A daemon that serves it as `MODEL`, ready, with so many threads; `flags`: more of `cliptune serve`.
+
+    The model in this process is on the same device.
+    """
     clip = build(ModelSource(name=architecture), device="cpu")
     with tempfile.TemporaryDirectory(prefix="cliptune-bench-") as folder:
         home = Path(folder) / "home"
@@ -34,5 +39,7 @@ def served_model(architecture: str, *, threads: int) -> Iterator[tuple[RunningDa
         files.publish(export, name=MODEL, job_id="", metrics={})
         (home / "serving.json").write_text(json.dumps({"references": [MODEL]}))
         # A benchmark sends the same picture again and again, and wants each to be computed.
-        with running_daemon(home, threads=threads, flags=("--embedding-cache", "0")) as daemon:
+        flags = ("--embedding-cache", "0", *flags)
+        with running_daemon(home, threads=threads, device=device, flags=flags) as daemon:
+            clip.model.to(device)
             yield daemon, clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, cast
 
@@ -148,6 +149,40 @@ def test_without_room_or_when_it_is_not_wanted_any_more_the_model_stays_as_it_is
     assert gone.clip is clip
     assert "unloaded" in gone.choice.reason
     assert len(asked) == 10
+
+
+@MKL
+def test_a_short_text_by_frozen_weights_is_open_clips_padded_one() -> None:
+    text = {"context_length": 77, "width": 512, "heads": 8, "layers": 12}  # ViT-B/32's
+    plain = open_clip.CLIP(512, VISION, text).eval().requires_grad_(False)
+    clip = dataclasses.replace(clip_of(), model=copy.deepcopy(plain), context_length=77)
+    clip.tokenizer = open_clip.SimpleTokenizer(context_length=77)
+    make_lean(clip, choose_lean(clip))
+    served = freeze(clip).clip
+    assert served is not clip
+    texts = ["a photo of a cat", "7", "a red car parked by the sea at night"]
+    with torch.inference_mode():
+        tokens_BL = served.tokenize_trimmed(texts)
+        assert tokens_BL.shape == (3, 16)
+        found_BD = nn.functional.normalize(served.encode_texts(tokens_BL), dim=-1)
+        wanted_BD = plain.encode_text(open_clip.tokenize(texts), normalize=True)
+    assert float((found_BD - wanted_BD).abs().max()) <= 1e-5
+
+
+def test_nothing_is_frozen_on_apples_gpu_where_it_is_not_proved() -> None:
+    clip = clip_of()
+
+    class Elsewhere(Clip):
+        @property
+        def device(self) -> torch.device:
+            return torch.device("mps")
+
+    fields = {field.name: getattr(clip, field.name) for field in dataclasses.fields(clip)}
+    there = Elsewhere(**fields)
+    for dtype in (None, torch.float16):
+        result = freeze(there, dtype=dtype)
+        assert result.clip is there
+        assert "Apple" in result.choice.reason
 
 
 @MKL

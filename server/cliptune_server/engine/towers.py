@@ -144,10 +144,13 @@ class Towers:
         return self._features(self._encode_texts, tokens_NL)
 
     def _features(self, forward: Forward, batch: Tensor) -> npt.NDArray[np.float32]:
+        count = len(batch)
         try:
             found_ND = None if self._graphs is None else self._graphs.run(batch)
             if found_ND is None:
-                found_ND = forward(batch.to(self._device, non_blocking=True))
+                if self._device.type == "mps":
+                    batch = in_few_shapes(batch)
+                found_ND = forward(batch.to(self._device, non_blocking=True))[:count]
             return self._numpy(found_ND)
         except RuntimeError as error:
             raise _told(error) from error
@@ -163,6 +166,15 @@ class Towers:
     def _numpy(self, features_ND: Tensor) -> npt.NDArray[np.float32]:
         rows_ND: npt.NDArray[np.float32] = self.clip.similarity.kept(features_ND).cpu().numpy()
         return rows_ND
+
+
+def in_few_shapes(batch: Tensor) -> Tensor:
+    """[N, ...] → the next power of two of rows, the last one repeated.
+
+    For Apple's GPU, which keeps a graph of each shape that it has seen and forgets none (pytorch#132596).
+    """
+    missing = (1 << (len(batch) - 1).bit_length()) - len(batch)
+    return batch if not missing else torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
 
 
 def _told(error: RuntimeError) -> Exception:

@@ -25,7 +25,7 @@ from cliptune_server.engine.decode import Decoder
 from cliptune_server.engine.models import ModelSet
 from cliptune_server.engine.progress import Progress
 from cliptune_server.engine.readying import Readying
-from cliptune_server.engine.towers import Towers
+from cliptune_server.engine.towers import Towers, in_few_shapes
 from tests.support.daemon import running_daemon
 from tests.support.models import TEST_MODEL, build_test_clip, export_test_model, publish_test_model
 
@@ -150,6 +150,17 @@ def test_towers_that_cannot_be_frozen_say_why_and_serve_on() -> None:
     assert towers.form.value == "off"
     assert "unloaded" in towers.form.reason or "MKL" in towers.form.reason
     assert towers.texts(clip.tokenize_trimmed(["a circle"])).shape == (1, clip.embedding_dim)
+
+
+def test_batches_for_apples_gpu_come_in_few_shapes_and_lose_nothing() -> None:
+    seen = set()
+    for count in range(1, 65):
+        batch = torch.arange(count * 2).view(count, 2)
+        padded = in_few_shapes(batch)
+        seen.add(len(padded))
+        assert torch.equal(padded[:count], batch)
+        assert torch.equal(padded[count:], batch[-1:].expand(len(padded) - count, 2))
+    assert seen == {1, 2, 4, 8, 16, 32, 64}
 
 
 def test_a_loaded_model_tells_how_it_is_served_and_one_that_is_not_does_not(tmp_path: Path) -> None:
