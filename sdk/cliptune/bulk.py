@@ -20,7 +20,8 @@ import numpy as np
 from cliptune.channel import Patience
 from cliptune.errors import CliptuneError, InvalidInputError, UnavailableError, from_detail
 from cliptune.images import image_message
-from cliptune.inference_codec import OnError, Resolution, placed, resolution_text, text_item
+from cliptune.inference_codec import Resolution, resolution_text
+from cliptune.items import OnError, placed, text_item
 from cliptune.results import Embedded, Embeddings, FailedItem, Float32
 from cliptune.tensors import unpack
 from cliptune.v1 import inference_pb2

@@ -1,12 +1,6 @@
-"""Inference calls as values, with the rule for items that fail.
+"""Inference calls as values.
 
-Pure, as `codec.py`. An image is turned into a message here, so it can fail before anything is sent; the
-daemon can refuse others. Both kinds are treated alike:
-
-- on_error="raise" (default): the first failed item's own error, with `field`, `index` and `count` (how
-  many failed) in its metadata;
-- on_error="return": failed rows are NaN and listed in `.errors`. When nothing is left, the first error is
-  raised.
+Pure, as `codec.py`; items that fail are treated by the rule of `items.py`.
 
 Legend: N images, texts or pairs; M texts; C classes; D embedding dimension.
 """
@@ -17,11 +11,10 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from cliptune.codec import Call
 from cliptune.errors import (
@@ -31,15 +24,13 @@ from cliptune.errors import (
     InvalidInputError,
     TensorError,
     TextError,
-    from_detail,
-    from_wire,
 )
-from cliptune.images import ImageInput, image_message, is_one_image
+from cliptune.images import ImageInput, image_message
+from cliptune.items import OnError, failed_items, gather, many_of, placed, scatter, settle, text_item
 from cliptune.results import Classifications, Embeddings, FailedItem, Float32, PairScores, Profile, Similarity
 from cliptune.tensors import unpack
-from cliptune.v1 import error_pb2, inference_pb2, spec_pb2, tensor_pb2
+from cliptune.v1 import inference_pb2, spec_pb2, tensor_pb2
 
-OnError: TypeAlias = Literal["raise", "return"]
 Resolution: TypeAlias = str | int | tuple[int, int]
 ClassesInput: TypeAlias = Mapping[str, str | Sequence[str]] | Sequence[str | spec_pb2.ClassPrompts]
 
@@ -80,7 +71,7 @@ class EmbedPlan:
         resolution: Resolution = "",
     ) -> None:
         self._kind: Final = kind
-        self._items: Final = _many(items, kind)
+        self._items: Final = many_of(items, kind)
         self._convert: Final[Callable[[Any], Any]] = image_message if kind == "images" else text_item
         self._model = model
         self._on_error: Final = on_error
@@ -143,7 +134,7 @@ class EmbedPlan:
 
         def parse(answer: Any) -> Part:
             self._model = answer.model or self._model
-            failed = tuple(_failed(answer.errors, {self._kind: places}))
+            failed = tuple(failed_items(answer.errors, {self._kind: places}))
             if failed and self._on_error == "raise":
                 raise placed(failed[0], count=len(failed), total=len(self._items))
             return Part(
@@ -188,12 +179,12 @@ def similarity(
 ) -> Call[Similarity]:
     """Every image against every text, [N, M]."""
     began_s = time.perf_counter()
-    rows = _gather("images", images, image_message, on_error)
-    columns = _gather("texts", texts, text_item, on_error)
+    rows = gather("images", images, image_message, on_error)
+    columns = gather("texts", texts, text_item, on_error)
 
     def parse(answer: inference_pb2.SimilarityResponse) -> Similarity:
-        failed = _settle(answer.errors, on_error, rows, columns)
-        scores = _scatter(_scatter(unpack(answer.scores), rows).T, columns).T
+        failed = settle(answer.errors, on_error, rows, columns)
+        scores = scatter(scatter(unpack(answer.scores), rows).T, columns).T
         return Similarity(
             scores=scores,
             logit_scale=answer.logit_scale,
@@ -226,12 +217,12 @@ def score_pairs(
             raise InvalidInputError(f"a pair is (image, text), not {type(pair).__name__}")
         return inference_pb2.ImageTextPair(image=image_message(pair[0]), text=text_item(pair[1]))
 
-    rows = _gather("pairs", pairs, pair_message, on_error)
+    rows = gather("pairs", pairs, pair_message, on_error)
 
     def parse(answer: inference_pb2.ScorePairsResponse) -> PairScores:
-        failed = _settle(answer.errors, on_error, rows)
+        failed = settle(answer.errors, on_error, rows)
         return PairScores(
-            scores=_scatter(unpack(answer.scores), rows),
+            scores=scatter(unpack(answer.scores), rows),
             logit_scale=answer.logit_scale,
             model=answer.model,
             errors=failed,
@@ -253,14 +244,14 @@ def classify(
 ) -> Call[Classifications]:
     """Softmax over the classes for each image, [N, C]."""
     began_s = time.perf_counter()
-    rows = _gather("images", images, image_message, on_error)
+    rows = gather("images", images, image_message, on_error)
 
     def parse(answer: inference_pb2.ClassifyResponse) -> Classifications:
-        failed = _settle(answer.errors, on_error, rows)
+        failed = settle(answer.errors, on_error, rows)
         return Classifications(
             labels=tuple(answer.labels),
-            probabilities=_scatter(unpack(answer.probabilities), rows),
-            scores=_scatter(unpack(answer.scores), rows),
+            probabilities=scatter(unpack(answer.probabilities), rows),
+            scores=scatter(unpack(answer.scores), rows),
             model=answer.model,
             errors=failed,
             profile=_profile(answer, began_s),
@@ -311,101 +302,9 @@ def resolution_text(resolution: Resolution) -> str:
     return "x".join(map(str, sides))
 
 
-def text_item(text: object) -> str:
-    """A text that a message can hold. Whether it is empty or too long is the daemon's question."""
-    if not isinstance(text, str):
-        raise InvalidInputError(f"a text is a str, not {type(text).__name__}", type=type(text).__name__)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise TextError(f"the text is not valid Unicode: {error.reason} at {error.start}") from None
-    return text
-
-
-def placed(item: FailedItem, *, count: int, total: int) -> CliptuneError:
-    """The item's error, saying where it stood among `total` items and how many failed."""
-    error = item.error
-    message = error.message if total == 1 else f"{item.field}[{item.index}]: {error.message}"
-    metadata = {**error.metadata, "field": item.field, "index": str(item.index), "count": str(count)}
-    return from_wire(type(error).__name__, message, metadata)
-
-
 def _profile(answer: Any, began_s: float) -> Profile | None:
     """None from a daemon that tells none."""
     return Profile.of(answer.profile, time.perf_counter() - began_s) if answer.HasField("profile") else None
-
-
-@dataclass(kw_only=True, slots=True)
-class _Gathered:
-    """Items that became messages, and those that could not."""
-
-    kind: str
-    total: int
-    messages: list[Any] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    failed: list[FailedItem] = field(default_factory=list)
-
-
-def _gather(kind: str, items: object, convert: Callable[[Any], Any], on_error: OnError) -> _Gathered:
-    many = _many(items, kind)
-    if not many:
-        raise InvalidInputError(f"{kind} is empty", field=kind)
-    gathered = _Gathered(kind=kind, total=len(many))
-    for index, item in enumerate(many):
-        try:
-            message = convert(item)
-        except CliptuneError as error:
-            refused = FailedItem(field=kind, index=index, error=error)
-            if on_error == "raise":
-                raise placed(refused, count=1, total=len(many)) from error
-            gathered.failed.append(refused)
-        else:
-            gathered.messages.append(message)
-            gathered.places.append(index)
-    if not gathered.messages:
-        raise placed(gathered.failed[0], count=len(gathered.failed), total=len(many))
-    return gathered
-
-
-def _settle(
-    errors: Iterable[error_pb2.ItemError], on_error: OnError, *lists: _Gathered
-) -> tuple[FailedItem, ...]:
-    """Every failed item of these lists, in order; raises as the rule at the top says."""
-    places = {gathered.kind: tuple(gathered.places) for gathered in lists}
-    answered = list(_failed(errors, places))
-    for gathered in lists:
-        failed = gathered.failed + [item for item in answered if item.field == gathered.kind]
-        failed.sort(key=lambda item: item.index)
-        if failed and (on_error == "raise" or len(failed) == gathered.total):
-            raise placed(failed[0], count=len(failed), total=gathered.total)
-    everything = [item for gathered in lists for item in gathered.failed] + answered
-    return tuple(sorted(everything, key=lambda item: (item.field, item.index)))
-
-
-def _failed(
-    errors: Iterable[error_pb2.ItemError], places: Mapping[str, Sequence[int]]
-) -> Iterator[FailedItem]:
-    for told in errors:
-        known = places.get(told.field, ())
-        index = known[told.index] if told.index < len(known) else told.index
-        yield FailedItem(field=told.field, index=index, error=from_detail(told.error))
-
-
-def _scatter(answered: npt.NDArray[Any], rows: _Gathered) -> Float32:
-    """Rows in the places of the user's list; NaN where an item was never sent."""
-    if len(rows.places) == rows.total:
-        return np.array(answered, dtype=np.float32)
-    whole = np.full((rows.total, *answered.shape[1:]), np.nan, np.float32)
-    whole[rows.places] = answered
-    return whole
-
-
-def _many(items: object, kind: str) -> Sequence[Any]:
-    if isinstance(items, str | bytes) or (kind == "images" and is_one_image(items)):
-        raise InvalidInputError(f"{kind} is a single item, not a list: write [item]", field=kind)
-    if not isinstance(items, Iterable):
-        raise InvalidInputError(f"{kind} is {type(items).__name__}, not a list", field=kind)
-    return list(items)
 
 
 def _size_bytes(message: tensor_pb2.Image | str) -> int:

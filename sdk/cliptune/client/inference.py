@@ -12,7 +12,8 @@ import cliptune.inference_codec as inference_codec
 from cliptune.client.connection import Connection
 from cliptune.errors import CliptuneError
 from cliptune.images import ImageInput
-from cliptune.inference_codec import ClassesInput, EmbedPlan, OnError, Resolution
+from cliptune.inference_codec import ClassesInput, EmbedPlan, Resolution
+from cliptune.items import OnError
 from cliptune.progress import bulk_bar
 from cliptune.results import Classifications, Embedded, Embeddings, PairScores, Similarity
 from cliptune.v1 import inference_pb2
