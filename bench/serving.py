@@ -25,7 +25,7 @@ import torch
 
 from bench.litserve_peer import litserve
 from bench.photos import photo
-from bench.record import Row, report
+from bench.record import Row, gpu, report
 from bench.served_model import MODEL, served_model
 from bench.turns import medians
 from cliptune import AsyncClient
@@ -73,10 +73,10 @@ def bare(clip: Clip, kind: str, batch: int, window_s: float, threads: int) -> fl
     while time.perf_counter() - began < window_s:
         if kind in FILES:
             images_BCHW = torch.stack([clip.preprocess(decode_image(FILES[kind])) for _ in range(batch)])
-            vectors_BD = clip.encode_images(images_BCHW)
+            vectors_BD = clip.encode_images(images_BCHW.to(clip.device))
         else:
-            vectors_BD = clip.encode_texts(clip.tokenize([TEXT] * batch))
-        torch.nn.functional.normalize(vectors_BD, dim=-1).numpy()
+            vectors_BD = clip.encode_texts(clip.tokenize([TEXT] * batch).to(clip.device))
+        torch.nn.functional.normalize(vectors_BD, dim=-1).cpu().numpy()
         done += batch
     return done / (time.perf_counter() - began)
 
@@ -109,12 +109,22 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=[*FILES, "texts"], choices=[*FILES, "texts"])
     parser.add_argument("--callers", nargs="+", type=int, default=CONCURRENCY)
     parser.add_argument("--litserve", default="", metavar="PYTHON", help="interpreter that has litserve")
+    parser.add_argument("--device", default="cpu", help="of both sides (default: %(default)s)")
+    parser.add_argument("--precision", default="exact", help="ours: exact or auto; the bare loop is fp32")
+    parser.add_argument("--decode", default="exact", help="ours: exact or fast")
     arguments = parser.parse_args()
     threads = int(choose_threads(None).value)
     window_s: float = arguments.window_s
     rows = []
     with ExitStack() as stack:
-        daemon, clip = stack.enter_context(served_model(arguments.model, threads=threads))
+        daemon, clip = stack.enter_context(
+            served_model(
+                arguments.model,
+                threads=threads,
+                device=arguments.device,
+                flags=("--precision", arguments.precision, "--decode", arguments.decode),
+            )
+        )
         other = ""
         if arguments.litserve:
             folder: Path = daemon.home / "models" / MODEL / "1"
@@ -150,7 +160,8 @@ def main() -> None:
                         unit=f"{kind}/s",
                     )
                 )
-    report("serving", rows)
+    on_gpu = arguments.device.startswith("cuda")
+    report("serving", rows, device=gpu(torch.cuda.get_device_name()) if on_gpu else None)
 
 
 if __name__ == "__main__":

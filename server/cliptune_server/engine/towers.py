@@ -43,6 +43,7 @@ class Towers:
 
     Attributes:
         clip: as it was loaded.
+        autocast: around each forward.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Towers:
         self._image_size: Final = image_size or clip.image_size
         self._graphs: Graphs | None = None
         self._unrecorded: list[Shape] | None = None
-        self._autocast: Final = autocast
+        self.autocast: Final = autocast
         self._dtype: Final = dtype
         self._device: Final = clip.device
         clip.model.eval().requires_grad_(False)
@@ -103,7 +104,7 @@ class Towers:
         frozen = freeze(
             self.clip,
             dtype=self._dtype,
-            autocast=self._autocast,
+            autocast=self.autocast,
             room_bytes=free_memory_bytes(str(self._device)),
             stopped=stopped,
         )
@@ -156,11 +157,11 @@ class Towers:
             raise _told(error) from error
 
     def _encode_images(self, images_NCHW: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self._serving.encode_images(images_NCHW)
 
     def _encode_texts(self, tokens_NL: Tensor) -> Tensor:
-        with self._autocast():
+        with self.autocast():
             return self._serving.encode_texts(tokens_NL)
 
     def _numpy(self, features_ND: Tensor) -> npt.NDArray[np.float32]:
