@@ -83,7 +83,7 @@ class Result:
             name=name,
             device=device or cores(),
             date=datetime.now(UTC).date().isoformat(),
-            command=" ".join(["python -m", f"bench.{name}", *sys.argv[1:]]),
+            command=" ".join(["python -m", f"bench.{name}", *map(_anywhere, sys.argv[1:])]),
             versions={
                 "python": platform.python_version(),
                 **dict(_installed()),
@@ -109,6 +109,11 @@ class Result:
         path = folder / self.file_name
         path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
+
+
+def _anywhere(argument: str) -> str:
+    """An argument as it would be given on another machine: where a path lies there is its user's affair."""
+    return Path(argument).name.upper() if Path(argument).is_absolute() else argument
 
 
 def cores() -> str:

@@ -53,6 +53,13 @@ def test_a_benchmark_may_have_columns_of_its_own_and_further_tables(tmp_path: Pa
     assert lines[5] == ["Variants"]
 
 
+def test_a_stored_command_names_no_place_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", "--data", str(tmp_path / "sets"), "--seeds", "3", "a/b.csv"])
+    assert Result.of("mini", []).command == "python -m bench.mini --data SETS --seeds 3 a/b.csv"
+
+
 def test_a_later_run_keeps_the_lines_of_models_that_it_does_not_measure(tmp_path: Path) -> None:
     lines: list[Columns] = [{"model": "a", "per_s": 1.0}, {"model": "b", "per_s": 2.0}]
     Result.of("step", lines, device="h100", more={"Losses": lines, "Only a": lines[:1]}).store(tmp_path)
