@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
 
@@ -141,7 +142,8 @@ def image_tower_out_of_memory(above: int) -> Iterator[None]:
     """More than so many images at once meet the allocator's own refusal, in training."""
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, VisionTransformer) and module.training and len(inputs[0]) > above:
+        tower = isinstance(module, VisionTransformer | ModifiedResNet)
+        if tower and module.training and len(inputs[0]) > above:
             torch.empty(1 << 60, dtype=torch.uint8)
 
     handle = nn.modules.module.register_module_forward_hook(hook)
@@ -160,7 +162,25 @@ def test_out_of_memory_in_mid_run_halves_the_micro_batch_and_changes_nothing_els
     assert {progress.micro_batch_size for progress in progress_of(disturbed)} == {3}
     notices = [event.event.notice for event in disturbed.journal(1) if event.event.HasField("notice")]
     assert [notice.code for notice in notices].count("micro-batch-halved") == 2
-    assert "3 now" in disturbed.notices(1)["micro-batch-halved"]
+    assert "3 now; the batch and its gradient stay" in disturbed.notices(1)["micro-batch-halved"]
+
+
+def test_a_smaller_micro_batch_promises_no_same_gradient_where_parts_are_normalised_by_themselves(
+    make_job: MakeJob, clip: Clip, tmp_path: Path
+) -> None:
+    vision = {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}
+    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {**clip.model_config, "embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    model = replace(clip, model=open_clip.CLIP(32, vision, text), model_config=config)
+    export_model(model, tmp_path / "resnet", manifest_of(model))
+    short = {**SHORT, "max_steps": 1}
+    job = make_job(model={"name": f"local-dir:{tmp_path / 'resnet'}"}, train=short, guard={"off": True})
+    with image_tower_out_of_memory(above=6):
+        assert trained(job).outcome == trainer_pb2.OUTCOME_SUCCEEDED
+    told = job.notices(1)["micro-batch-halved"]
+    assert "6 now" in told
+    assert "normalised by its own statistics" in told
+    assert "gradient" not in told
 
 
 def test_where_not_even_one_pair_fits_any_more_the_run_fails_with_the_reason(make_job: MakeJob) -> None:

@@ -21,7 +21,7 @@ from cliptune_trainer.memory.limit import limit_process
 from cliptune_trainer.plan.execution import Execution
 from cliptune_trainer.plan.per_size import Executions
 from cliptune_trainer.spec import Spec
-from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm
+from cliptune_trainer.steps.batch_norm import FROZEN, BatchNorms, choose_batch_norm, has_batch_norm
 from cliptune_trainer.steps.checkpointing import enable_checkpointing
 from cliptune_trainer.steps.half_weights import HalfWeights, choose_half_weights
 from cliptune_trainer.steps.larger_parts import passes_of
@@ -33,13 +33,19 @@ from cliptune_trainer.steps.teacher import StartingModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assembly:
-    """A step, and the parts of it that a checkpoint keeps or a person is told of."""
+    """A step, and the parts of it that a checkpoint keeps or a person is told of.
+
+    Attributes:
+        exact_in_parts: the gradient is that of the batch at every micro-batch; false where parts are
+            normalised by statistics of their own.
+    """
 
     step: Step
     objective: Objective
     optimizer: AdamW
     precision: Precision
     compilation: Compilation
+    exact_in_parts: bool
 
 
 def assemble(
@@ -102,7 +108,12 @@ def assemble(
         compilation=compilation,
     )
     return Assembly(
-        step=step, objective=objective, optimizer=optimizer, precision=precision, compilation=compilation
+        step=step,
+        objective=objective,
+        optimizer=optimizer,
+        precision=precision,
+        compilation=compilation,
+        exact_in_parts=norms.value == FROZEN or not has_batch_norm(clip.model),
     )
 
 

@@ -53,6 +53,7 @@ from cliptune_trainer.training.hold import Ending, attempt_write, hold
 from cliptune_trainer.training.orders import Orders
 from cliptune_trainer.training.outcomes import Outcomes, UnderWay
 from cliptune_trainer.training.pace import Pace
+from cliptune_trainer.training.place import Place
 from cliptune_trainer.training.stepper import Stepper
 
 _log = logging.getLogger(__name__)
@@ -100,11 +101,15 @@ class Training:
         self._job, self._spec, self._dataset, self._clip = job, spec, dataset, clip
         self._decisions, self._reporter, self._inbox, self._linked = decisions, reporter, inbox, linked
         self._precision, self._sizes = executions.common.precision, decisions.sizes
-        self._total_steps, self._steps_per_epoch = decisions.total_steps, decisions.steps_per_epoch
+        self._total_steps = decisions.total_steps
         counters = state.counters if state else {}
-        self._step = state.step if state else 0
-        self._saved_step = state.step if state else -1
-        self._evaluated_step = int(counters.get("evaluated_step", -1))
+        self._place = Place(
+            spec,
+            total_steps=decisions.total_steps,
+            steps_per_epoch=decisions.steps_per_epoch,
+            measurable=bool(len(dataset.validation)),
+            state=state,
+        )
         self._metrics: dict[str, float] = counters.get("metrics", {})
         self._initial_peak = float(counters.get("initial_peak", decisions.learning_rate))
         self._peaks = PeakHistory(job.learning_rates, self._initial_peak)
@@ -151,7 +156,7 @@ class Training:
             self._pace,
             clip.device,
             total_steps=self._total_steps,
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=decisions.steps_per_epoch,
             every_steps=spec.train.progress_every_steps,
             counters=counters,
         )
@@ -177,17 +182,17 @@ class Training:
         if (error := attempt_write(self._guard.begin)) and (ending := self._hold(error, self._guard.begin)):
             return ending
         with self._loader, self._epoch_span:
-            batches = self._loader.batches(self._step, self._total_steps)
+            batches = self._loader.batches(self._place.step, self._total_steps)
             while True:
-                if self._standstill_due():
+                if self._inbox.waiting or self._place.standstill_due():
                     self.settle()
                 if ending := self._orders.obey():
                     return ending
-                if (occasion := self._evaluation_due()) and not self._evaluate(occasion):
+                if (occasion := self._place.evaluation_due()) and not self._evaluate(occasion):
                     continue  # it gave way to an instruction
-                if self._checkpoint_due() and (ending := self._save_or_hold()):
+                if self._place.checkpoint_due() and (ending := self._save_or_hold()):
                     return ending
-                if self._step == self._total_steps:
+                if self._place.at_end:
                     break
                 self._begin_step()
                 self._launch(next(batches))
@@ -195,41 +200,33 @@ class Training:
             self._reporter.notice("loss-weights", told, warning=False)
         return self._export()
 
-    def _standstill_due(self) -> bool:
-        """Whether something is done before the next step that needs the last one's outcome."""
-        return (
-            self._step == self._total_steps
-            or self._inbox.waiting
-            or self._evaluation_due() is not None
-            or self._checkpoint_due()
-        )
-
     def _learning_rate(self) -> float:
-        return self._peaks.at(self._step) * self._schedule.share(self._step)
+        return self._peaks.at(self._place.step) * self._schedule.share(self._place.step)
 
     def _begin_step(self) -> None:
-        epoch, index = divmod(self._step, self._steps_per_epoch)
         self._pace.resume()
-        if index == 0 or self._step == max(self._saved_step, 0):
+        if self._place.epoch_begins:
             self._epoch_span.close()
-            span = tracer().start_as_current_span("train.epoch", attributes={"epoch": epoch})
+            attributes = {"epoch": self._place.epoch}
+            span = tracer().start_as_current_span("train.epoch", attributes=attributes)
             self._epoch_span.enter_context(span)
 
     def _launch(self, batch: Batch) -> None:
-        learning_rate, look = self._learning_rate(), self._sizes.at(self._step)
+        step, learning_rate = self._place.step, self._learning_rate()
+        look = self._sizes.at(step)
         self._stepper.turn_to(look)
-        if self._step == 0 and BIAS in self._spec.loss.needs and needs_calibration(self._clip):
+        if step == 0 and BIAS in self._spec.loss.needs and needs_calibration(self._clip):
             bias = calibrate(self._clip, batch, self._stepper.micro_batch_size)
             told = f"logit bias {bias:.4g}: the model was trained without one; set from the first batch"
             self._reporter.notice("logit-bias-calibrated", told, warning=False)
-        probing = self._step < self._spec.train.probe_fraction * self._total_steps
+        probing = step < self._spec.train.probe_fraction * self._total_steps
         flight = self._stepper.launch(batch, learning_rate, probing=probing)
         self.settle()  # the step before
-        self._step += 1
-        self._guard.step_done(self._step, learning_rate)
+        self._place.step += 1
+        self._guard.step_done(self._place.step, learning_rate)
         self._under_way = UnderWay(
             flight=flight,
-            step=self._step,
+            step=self._place.step,
             learning_rate=learning_rate,
             micro_batch_size=self._stepper.micro_batch_size,
             image_size=look.size[0],
@@ -246,41 +243,22 @@ class Training:
     # -- evaluation
     # ------------------------------------------------------------------------------------------------
 
-    def _evaluation_due(self) -> str | None:
-        """The occasion, if the place in the run is one and it has not been measured yet."""
-        if self._evaluated_step == self._step or not len(self._dataset.validation):
-            return None
-        if self._step == 0:
-            return "before"
-        if self._step == self._total_steps:
-            return "after"
-        epoch, index = divmod(self._step, self._steps_per_epoch)
-        every = self._spec.evaluation.every_epochs
-        return "during" if every and index == 0 and epoch % every == 0 else None
-
     def _evaluate(self, occasion: str) -> bool:
         """Measures and tells; False when it gave way to an instruction that ends the attempt."""
-        metrics = self._examine(self._step, occasion)
+        metrics = self._examine(self._place.step, occasion)
         if metrics is None:
             return False
         if occasion != "requested":
-            self._evaluated_step, self._metrics = self._step, metrics
+            self._place.evaluation_done()
+            self._metrics = metrics
         return True
 
     # -- checkpoints and export
     # ------------------------------------------------------------------------------------
 
-    def _checkpoint_due(self) -> bool:
-        if self._saved_step == self._step or self._step == 0:
-            return False
-        if self._step == self._total_steps and not self._spec.publishes:
-            return False  # nothing will be done with it
-        every = self._spec.checkpoint.every_steps or self._steps_per_epoch
-        return self._step % every == 0 or self._step == self._total_steps
-
     def save(self) -> None:
         """Writes a checkpoint and tells of it."""
-        with tracer().start_as_current_span("checkpoint", attributes={"step": self._step}):
+        with tracer().start_as_current_span("checkpoint", attributes={"step": self._place.step}):
             size_bytes = save_checkpoint(
                 self._job.checkpoints,
                 self._clip,
@@ -288,8 +266,8 @@ class Training:
                 keep=self._spec.checkpoint.keep,
                 job_id=self._job.job_id,
             )
-        self._saved_step = self._step
-        self._reporter.checkpoint(self._step, size_bytes)
+        self._place.save_done()
+        self._reporter.checkpoint(self._place.step, size_bytes)
 
     def _save_or_hold(self) -> Ending | None:
         error = attempt_write(self.save)
@@ -305,9 +283,9 @@ class Training:
         stepper = self._stepper.state()
         guard_values, guard_tensors = self._guard.state()
         return TrainingState(
-            step=self._step,
+            step=self._place.step,
             counters={
-                "evaluated_step": self._evaluated_step,
+                **self._place.state(),
                 "metrics": self._metrics,
                 "proven_sizes": [asdict(entry) for entry in self._examine.proven],
                 "initial_peak": self._initial_peak,
@@ -364,7 +342,7 @@ class Training:
     @property
     def saved(self) -> bool:
         """The newest checkpoint is of this step."""
-        return self._saved_step == self._step
+        return self._place.saved
 
     def hold(self, error: DiskFullError) -> Ending | None:
         """Stands still because the disk has no room for a checkpoint; None: there was room again."""
@@ -384,7 +362,7 @@ class Training:
             check_learning_rate(learning_rate, "learning_rate")
         except CliptuneError as error:
             return error
-        return attempt_write(lambda: self._peaks.change(self._step, learning_rate))
+        return attempt_write(lambda: self._peaks.change(self._place.step, learning_rate))
 
     # -- what the loader finds
     # -------------------------------------------------------------------------------------

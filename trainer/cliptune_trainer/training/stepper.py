@@ -40,6 +40,9 @@ _log = logging.getLogger(__name__)
 # A micro-batch whose activations take less than this is no help to anybody who is short of memory.
 _WORTH_YIELDING_BYTES: Final = 256 << 20
 _OBJECTIVE: Final = "objective:"
+# What a smaller micro-batch changes, for a person.
+_EXACT: Final = "the batch and its gradient stay the same"
+_NORMALISED: Final = "the batch stays the same, but each part is normalised by its own statistics"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +89,7 @@ class Stepper:
         self._take_step, self._optimizer = assembly.step, assembly.optimizer
         self._objective, self._precision = assembly.objective, assembly.precision
         self._compilation = assembly.compilation
+        self._stays = _EXACT if assembly.exact_in_parts else _NORMALISED
         self._probe = LinearProbe(clip.model) if spec.train.probe_fraction else None
         self._stochastic_depth = StochasticDepth(clip.model)
         self._compiles = execution.policy.compiles
@@ -160,7 +164,7 @@ class Stepper:
         self._reporter.notice(
             "micro-batch-halved",
             f"{before} pairs at once did not fit in the memory of {self._clip.device}:"
-            f" {self._micro_batch.size} now; the batch and its gradient stay the same",
+            f" {self._micro_batch.size} now; {self._stays}",
         )
 
     def _look_around(self) -> None:
@@ -180,8 +184,7 @@ class Stepper:
                 release_memory(self._clip.device)
                 self._reporter.notice(
                     "memory-pressure",
-                    f"{why}: {self._micro_batch.size} pairs at once instead of {before}; the batch and its"
-                    " gradient stay the same",
+                    f"{why}: {self._micro_batch.size} pairs at once instead of {before}; {self._stays}",
                 )
 
     def told(self) -> str:
