@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from bench import turns
 from bench.catalog import benchmarks
 from bench.record import RESULTS, Columns, Result, Row, gpu, of_other_models, stored_results, table, tables
