@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.clip import Clip
+from cliptune_model.gpu_jpeg import GpuJpeg
 from cliptune_model.pixels import decode_image, decode_scaled, image_from_pixels
 
 DECODES: Final = ("exact", "fast")

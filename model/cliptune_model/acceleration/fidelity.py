@@ -22,9 +22,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
+from cliptune_model.gpu_jpeg import GpuJpeg
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.machine.hardware import Machine
 from cliptune_model.machine.proofs import UNKNOWN, Proofs

@@ -22,7 +22,7 @@ from typing import Final
 
 from torch import Tensor
 
-from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
+from cliptune_model.gpu_jpeg import GpuJpeg
 from cliptune_server.engine.progress import Progress
 
 _log = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from cliptune.errors import InvalidInputError
-from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.clip import Clip
+from cliptune_model.gpu_jpeg import GpuJpeg
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.image_sizes import asked_size
 from cliptune_model.proven_sizes import ProvenSize, Size, told

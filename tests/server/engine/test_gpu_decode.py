@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cliptune.errors import ImageDecodeError
 from cliptune_model.acceleration.fidelity import LEAST_COSINE, _photo, choose_way
-from cliptune_model.acceleration.gpu_jpeg import GpuJpeg
 from cliptune_model.clip import Clip, build
+from cliptune_model.gpu_jpeg import GpuJpeg
 from cliptune_model.image_reader import ImageReader
 from cliptune_model.machine.hardware import detect
 from cliptune_model.source import ModelSource
