@@ -22,14 +22,14 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
-from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError, UnavailableError
-from cliptune.internal.v1 import engine_pb2
+from cliptune.errors import CliptuneError, InvalidInputError, ModelStateError
 from cliptune.v1 import job_pb2, model_pb2, spec_pb2
 from cliptune_server.catalog.changes import Changes
 from cliptune_server.catalog.default_model import take_in
 from cliptune_server.catalog.description import look, message_of
+from cliptune_server.catalog.holding import Engines, Holding
 from cliptune_server.catalog.loaded import LoadedModels
 from cliptune_server.catalog.model_files import PublishedModel, check_name
 from cliptune_server.catalog.registry import Reference, Registry
@@ -41,23 +41,8 @@ from cliptune_server.training.publisher import Publication
 log = logging.getLogger(__name__)
 
 REGISTRY_SOURCE: Final = "registry:"
-# An engine may end while it loads, through no fault of the model's; its successor is waited for.
-_LOAD_TRIES: Final = 2
 
 Result = TypeVar("Result")
-
-
-class Engines(Protocol):
-    """What is needed of the engine supervisor."""
-
-    async def load(self, key: str, path: Path) -> engine_pb2.LoadedModel:
-        """Returns when the model has answered a canary."""
-
-    async def unload(self, key: str) -> None:
-        """Waits for the model's requests in flight."""
-
-    async def status(self) -> engine_pb2.StatusResponse:
-        """Device and loaded models."""
 
 
 class Models:
@@ -70,15 +55,13 @@ class Models:
         self.catalog: Final = LoadedModels(registry)
         self._registry = registry
         self._engines = engines
+        self._holding = Holding(self.catalog, engines)
         self._serving_path = serving_path
         self._default_model = default_model
         self._default: PublishedModel | None = None
         self._served: set[Reference] = set()
         self._before: dict[str, PublishedModel] = {}
         """References of the last daemon, with the versions that they mean now, until `restore`."""
-        self._device = ""
-        self._retiring: dict[str, asyncio.Task[None]] = {}
-        """Hidden versions that a bulk stream still uses, each with its unloading, which waits for that."""
         self._changing = Changes()
 
     async def start(self) -> None:
@@ -106,19 +89,19 @@ class Models:
             for text, model in self._before.items():
                 try:
                     self._served.add(reference := Reference.parse(text))
-                    await self._load(model)
+                    await self._holding.load(model)
                     await self._load_beside(reference)
                 except CliptuneError as error:
                     log.warning("%s was served before and cannot be loaded now: %s", text, error.message)
             if self._default and not self._served:
                 try:
-                    await self._load(self._default)
+                    await self._holding.load(self._default)
                 except CliptuneError as error:
                     log.warning("%s is not served by default: %s", self._default.key, error.message)
 
     async def stop(self) -> None:
         """Give up the changes that are under way."""
-        work = [*self._changing.tasks, *self._retiring.values()]
+        work = [*self._changing.tasks, *self._holding.retiring.values()]
         for task in work:
             task.cancel()
         await asyncio.gather(*work, return_exceptions=True)
@@ -166,7 +149,7 @@ class Models:
 
         async def change() -> PublishedModel:
             model = await self._registry.find(wanted)
-            await self._load(model)
+            await self._holding.load(model)
             await self._load_beside(wanted)
             await self._serve(wanted)
             return model
@@ -187,12 +170,12 @@ class Models:
                 published = await self._registry.find(wanted)
                 raise ModelStateError(f"{published.key} is not loaded", model=published.key)
             self._served = {served for served in self._served if self.catalog.find(served) != model}
-            await self._unload(model.key)
+            await self._holding.unload(model.key)
             await self._remember()
             return model
 
         model = await self._change(change())
-        if retiring := self._retiring.get(model.key):
+        if retiring := self._holding.retiring.get(model.key):
             await asyncio.wait([retiring])
         return self._message(model)
 
@@ -205,7 +188,7 @@ class Models:
             model = await self._registry.find(wanted)
             served = named in self._served or self.catalog.find(named) is not None
             if served:
-                await self._load(model)
+                await self._holding.load(model)
             await self._point(model, alias)
             if served:
                 await self._serve(named)
@@ -228,7 +211,7 @@ class Models:
             beside = [await self._registry.find(other) for other in others]
             if named in self._served or self.catalog.find(named) is not None:
                 for other in beside:
-                    await self._load(other)
+                    await self._holding.load(other)
                 await self._route(named, traffic)
                 await self._serve(named)
             else:
@@ -264,7 +247,7 @@ class Models:
                 raise ModelStateError(
                     f"{model.key} cannot be deleted: it is loaded, unload it first", model=model.key
                 )
-            if model.key in self._retiring:
+            if model.key in self._holding.retiring:
                 raise ModelStateError(
                     f"{model.key} cannot be deleted: it is being unloaded, and a bulk stream still uses it",
                     model=model.key,
@@ -290,7 +273,7 @@ class Models:
         told = ""
         if serve or swapped:
             try:
-                await self._load(model)
+                await self._holding.load(model)
             except CliptuneError as error:
                 told = not_loaded(model, error, swapped)
                 log.warning("%s", told)
@@ -305,59 +288,6 @@ class Models:
         published = job_pb2.ModelPublished(name=model.name, version=model.version, aliases=aliases)
         return Publication(model=published, not_loaded=told)
 
-    async def _load(self, model: PublishedModel) -> None:
-        if model.key in self.catalog:
-            return
-        if await self._called_back(model):
-            self.catalog.add(model)
-            return
-        self.catalog.announce(model)
-        try:
-            for left in reversed(range(_LOAD_TRIES)):
-                try:
-                    await self._engines.load(model.key, model.path)
-                    break
-                except UnavailableError:
-                    if not left:
-                        raise
-            self._device = (await self._engines.status()).device
-            self.catalog.add(model)
-            log.info("loaded %s", model.key)
-        finally:
-            self.catalog.withdraw(model.key)
-
-    async def _unload(self, key: str) -> None:
-        # Requests that were sent to it are answered first; one that comes too late the router sends anew.
-        self.catalog.hide(key)
-        if self.catalog.is_held(key):
-            # Not within this change: a stream may last for hours.
-            self._retiring[key] = asyncio.create_task(self._retire(key), name=f"retire-{key}")
-        else:
-            await self._engines.unload(key)
-            log.info("unloaded %s", key)
-
-    async def _retire(self, key: str) -> None:
-        log.info("%s is unloaded when the streams that use it have ended", key)
-        await self.catalog.until_free(key)
-        try:
-            await self._engines.unload(key)
-            log.info("unloaded %s", key)
-        except CliptuneError as error:
-            log.warning("%s could not be unloaded: %s", key, error.message)
-        finally:
-            self._retiring.pop(key, None)
-
-    async def _called_back(self, model: PublishedModel) -> bool:
-        """Whether a version that was to be unloaded is in the engine still, and stays now."""
-        retiring = self._retiring.get(model.key)
-        if retiring is None:
-            return False
-        if held := self.catalog.is_held(model.key):
-            retiring.cancel()
-        await asyncio.wait([retiring])
-        self._retiring.pop(model.key, None)
-        return held
-
     async def _point(self, model: PublishedModel, alias: str) -> None:
         await self._route(Reference(name=model.name, alias=alias), Traffic())
         await self._registry.set_alias(model.name, alias, model.version)
@@ -371,7 +301,9 @@ class Models:
         """The other versions that answer for a reference; one that cannot be loaded has no part in it."""
         for version in sorted(self.catalog.traffic_of(served).versions):
             try:
-                await self._load(await self._registry.find(Reference(name=served.name, version=version)))
+                await self._holding.load(
+                    await self._registry.find(Reference(name=served.name, version=version))
+                )
             except CliptuneError as error:
                 log.warning("%s has no part in the requests for %s: %s", version, served, error.message)
 
@@ -384,7 +316,7 @@ class Models:
         meant = {key for served in self._served for key in self.catalog.meant_by(served)}
         for model in self.catalog:
             if model.key not in meant:
-                await self._unload(model.key)
+                await self._holding.unload(model.key)
         await self._remember()
 
     async def _remember(self) -> None:
@@ -395,4 +327,4 @@ class Models:
         return await self._changing.run(work)
 
     def _message(self, model: PublishedModel) -> model_pb2.Model:
-        return message_of(model, self.catalog, self._device)
+        return message_of(model, self.catalog, self._holding.device)
