@@ -110,7 +110,7 @@ class DomainSet:
 
     def rows(self, split: str) -> int:
         """How many rows a split has."""
-        return sum(row["split"] == split for row in _read(self.folder / ALL))
+        return sum(row["split"] == split for row in read_rows(self.folder / ALL))
 
     def spec(self) -> dict[str, Any]:
         """What a user writes who names nothing but the data: model and domain are still to come."""
@@ -148,23 +148,25 @@ def lay_ready(name: str, data: Path, home: Path, *, rows: int = 0) -> DomainSet:
             with tarfile.open(data / f"{name}.tar") as archive:
                 archive.extractall(home, filter="data")
         shutil.copyfile(folder / "captions.csv", folder / ALL)
-    found = _read(folder / ALL)
+    found = read_rows(folder / ALL)
     if rows:
         splits = [[row for row in found if row["split"] == split] for split in ("train", "val", "test")]
         found = [row for split in splits for row in split[:: max(len(split) // rows, 1)][:rows]]
-        _write(folder / ALL, found)
+        write_rows(folder / ALL, found)
     # Without the column: every row of the file is meant.
     test = [{k: v for k, v in row.items() if k != "split"} for row in found if row["split"] == "test"]
-    _write(folder / TEST, test)
+    write_rows(folder / TEST, test)
     return DomainSet(name=name, folder=folder, images=images)
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """A table, by column."""
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Inverse of `read_rows`, of at least one row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

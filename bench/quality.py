@@ -23,7 +23,6 @@ without one, by the pictures of that split that cliptune-mini brings; `mean` and
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import tarfile
 import tempfile
@@ -34,7 +33,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
-from bench.domain_sets import ALL, SETS, DomainSet, lay_ready
+from bench.domain_sets import ALL, SETS, DomainSet, lay_ready, read_rows, write_rows
 from bench.domains import open_clip
 from bench.kept_runs import KeptRuns, asked_for, runs_file
 from bench.record import Columns, Result, tables
@@ -107,7 +106,7 @@ def few(subject: DomainSet, shots: int = SHOTS) -> DomainSet:
     folder.mkdir(exist_ok=True)
     (folder / "test.csv").write_bytes((subject.folder / "test.csv").read_bytes())
     label = subject.about.questions[0].column
-    rows = _rows(subject.folder / ALL)
+    rows = read_rows(subject.folder / ALL)
     drawn = sorted(
         (row for row in rows if row["split"] == "train"),
         key=lambda row: hashlib.sha256(row["image"].encode()).digest(),
@@ -118,7 +117,7 @@ def few(subject: DomainSet, shots: int = SHOTS) -> DomainSet:
         if taken[row[label]] < shots:
             taken[row[label]] += 1
             kept.append(row)
-    _write(folder / ALL, kept)
+    write_rows(folder / ALL, kept)
     return replace(subject, folder=folder)
 
 
@@ -130,10 +129,10 @@ def general_tables(data: Path, home: Path) -> tuple[dict[str, Path], Path]:
                 archive.extractall(home, filter="data")
 
     def table(name: str, split: str) -> Path:
-        rows = _rows(home / name / "captions.csv")
+        rows = read_rows(home / name / "captions.csv")
         path = home / name / f"{split or 'every'}-rows.csv"
         kept = [row for row in rows if not split or row["split"] == split]
-        _write(path, [{"image": row["image"], "caption": row["caption"]} for row in kept])
+        write_rows(path, [{"image": row["image"], "caption": row["caption"]} for row in kept])
         return path
 
     return {name: table(name, split) for name, split in _GENERAL.items()}, table(*_PROBE)
@@ -350,18 +349,6 @@ def main() -> None:
             if path is not None:
                 result.store()
         print(tables(result_of(kept, device)))
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":
