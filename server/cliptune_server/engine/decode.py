@@ -27,8 +27,12 @@ from cliptune_server.engine.gpu_decode import GpuDecoding
 from cliptune_server.engine.payload import Picture
 from cliptune_server.engine.progress import Progress
 
-# The largest image that is taken (100 megapixels) decodes in 3 s on one free core.
-_DECODE_LIMIT_S: Final = 60.0
+# The largest image that is taken (100 megapixels) decodes in 3 s on one free core: fourfold beside a trainer,
+# and five more on a machine that stutters.
+_DECODE_LIMIT_S: Final = 17.0
+_STALL_BASE_S: Final = 5.0
+# Pixels only have to be resized: 4 s for the largest image, on a core that is not free.
+_PIXELS_BYTE_S: Final = 4.0 / 300e6
 # Texts in one turn of the text thread, so that a long request does not hold up a short one.
 _TURN_TEXTS: Final = 64
 
@@ -115,7 +119,8 @@ class Decoder:
         return decoded
 
     def _image(self, reader: ImageReader, image: Picture, seconds: list[float]) -> Tensor:
-        with self._progress.working(_DECODE_LIMIT_S), _timed(seconds):
+        limit_s = _DECODE_LIMIT_S if image.is_file else _STALL_BASE_S + _PIXELS_BYTE_S * len(image.data)
+        with self._progress.working(limit_s), _timed(seconds):
             if image.is_file:
                 return reader.encoded(bytes(image.data))
             return reader.pixels(image.array())

@@ -32,6 +32,9 @@ from cliptune_server.inference.payloads import UNREADABLE, Payloads
 _KILL_LIMIT_S: Final = 3.0
 # A process that is being torn down closes its sockets first; memory of gigabytes takes a moment longer.
 _VERDICT_LIMIT_S: Final = 1.0
+# Work that has used so much of its limit is no reason yet to end an engine, but one not to send it more: of
+# a forward that takes up to 0.4 s it is over, and a heartbeat after it, within 5 s.
+_DOUBT_PART: Final = 0.6
 
 _log = logging.getLogger(__name__)
 
@@ -215,10 +218,11 @@ class EngineProcess:
                 self.payloads.turn_off(error.details() or "the engine cannot read it")
         return await pick(self._stub)(request, timeout=timeout_s, metadata=tracing.inject(said))
 
-    async def beat(self) -> None:
+    async def beat(self, doubt: Callable[[str], None]) -> None:
         """Heartbeats until there is a verdict, and gives it when the engine is stuck.
 
-        An engine that was told to stop takes no new calls, these among them: `stop` has its own limit.
+        Before there is enough for a verdict, `doubt` is told what looks bad, or "" when it is well again. An
+        engine that was told to stop takes no new calls, these among them: `stop` has its own limit.
         """
         missed = 0
         while not await self.ends_within(0.0 if missed else self._config.heartbeat_s):
@@ -230,15 +234,16 @@ class EngineProcess:
                 if self._draining:
                     return
                 missed += 1
+                doubt(f"does not answer ({error.message})")
                 if missed == 2:
                     self.condemn(f"does not answer ({error.message})")
                 continue
             missed = 0
-            if status.running_seconds > status.stall_limit_seconds > 0:
-                self.condemn(
-                    f"is stuck: its work has run for {status.running_seconds:.1f} s, "
-                    f"and may take {status.stall_limit_seconds:.1f} s"
-                )
+            ran_s, limit_s = status.running_seconds, status.stall_limit_seconds
+            late = f"its work has run for {ran_s:.1f} s, and may take {limit_s:.1f} s"
+            doubt(f"seems to be stuck: {late}" if ran_s > _DOUBT_PART * limit_s > 0 else "")
+            if ran_s > limit_s > 0:
+                self.condemn(f"is stuck: {late}")
 
     async def ends_within(self, timeout_s: float) -> bool:
         """Waits for a verdict; False when none came in time."""

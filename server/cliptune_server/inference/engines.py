@@ -7,7 +7,9 @@ through every loaded model, every few seconds. Used by `Router` (calls), `Models
 
 An engine is replaced when its process ends (noticed at once), when two heartbeats in a row are not answered
 (stopped, or its interpreter is blocked), when its work has run for longer than it may (a hung device), or
-when its canary fails twice (a device error that stays). Callers are told `UnavailableError` meanwhile.
+when its canary fails twice (a device error that stays). Callers are told `UnavailableError` meanwhile. One
+heartbeat that is not answered, or work that has used most of its time, takes readiness away, within 5 s of a
+hang, and no more: whatever was only slow gives it back.
 Measured with the tiny model on two cores: replaced 0.2 s after SIGKILL and 5 to 6 s after SIGSTOP.
 """
 
@@ -66,6 +68,9 @@ class EngineSupervisor:
         self._config: Final = config or EngineConfig()
         self._on_change: Final = on_change
         self._state = EngineState(ready=False, reason="the engine is starting")
+        self._said = self._state
+        """By its canary; without doubts."""
+        self._doubted = ""
         self._active: EngineProcess | None = None
         self._up: Final = asyncio.Event()
         self._standby: asyncio.Task[EngineProcess] | None = None
@@ -203,7 +208,8 @@ class EngineSupervisor:
             return error.message.removeprefix("the engine ")
         # The first to hear of the verdict: no caller is told of the end before readiness tells of it too.
         engine.verdict.add_done_callback(self._withdraw)
-        tasks = (asyncio.create_task(engine.beat()), asyncio.create_task(self._keep_serving(engine)))
+        beating = asyncio.create_task(engine.beat(self._doubt))
+        tasks = (beating, asyncio.create_task(self._keep_serving(engine)))
         try:
             return await asyncio.shield(engine.verdict)
         finally:
@@ -214,6 +220,7 @@ class EngineSupervisor:
 
     def _withdraw(self, verdict: asyncio.Future[str]) -> None:
         self._active = None
+        self._doubted = ""
         self._up.clear()
         if not verdict.cancelled() and not self._stopping.is_set():
             self._say(ready=False, reason=f"the engine {verdict.result()}; it is being replaced")
@@ -326,7 +333,17 @@ class EngineSupervisor:
     def _say(self, *, ready: bool, reason: str = "") -> None:
         if self._stopping.is_set():  # what fails now fails for this
             ready, reason = False, "the engine is stopping"
-        state = EngineState(ready=ready, reason=reason)
+        self._said = EngineState(ready=ready, reason=reason)
+        self._publish()
+
+    def _doubt(self, why: str) -> None:
+        self._doubted = why
+        self._publish()
+
+    def _publish(self) -> None:
+        state = self._said
+        if state.ready and self._doubted:
+            state = EngineState(ready=False, reason=f"the engine {self._doubted}")
         if state != self._state:
             self._state = state
             if self._on_change is not None:

@@ -1,7 +1,7 @@
 """The real engine on a device that fails when the test says so.
 
 A hook before every module's forward looks for a file beside the socket: "hang" blocks the device for ever,
-"fail" makes it raise, as a lost GPU does.
+"fail" makes it raise, as a lost GPU does, and "slow" blocks it until the file is gone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def fault(module: torch.nn.Module, arguments: Any) -> None:
     if (FAULTS / "hang").exists():
         (FAULTS / "hang").unlink()
         threading.Event().wait()
+    while (FAULTS / "slow").exists():
+        threading.Event().wait(0.05)
     if (FAULTS / "fail").exists():
         raise RuntimeError("device-side error")
 

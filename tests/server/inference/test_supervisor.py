@@ -27,6 +27,7 @@ from tests.support import images
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 REPLACED_WITHIN_S = 10.0
+NOT_READY_WITHIN_S = 5
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -37,8 +38,8 @@ async def supervised(model_dir: Path, other_model_dir: Path) -> AsyncIterator[tu
         yield engines, told
 
 
-async def embed(engines: EngineSupervisor, model: str = "m:1") -> list[float]:
-    request = inference_pb2.EmbedTextsRequest(model=model, texts=["a red circle"])
+async def embed(engines: EngineSupervisor, model: str = "m:1", text: str = "a red circle") -> list[float]:
+    request = inference_pb2.EmbedTextsRequest(model=model, texts=[text])
     response = await engines.call(lambda stub: stub.EmbedTexts, request, 30)
     return [float(value) for value in unpack(response.embeddings)[0]]
 
@@ -148,14 +149,30 @@ async def test_a_device_that_hangs_or_keeps_failing_gets_its_engine_replaced(
         await told.until(ready)
         await standby_ready(engines)
 
+        told.states.clear()
         (tmp_path / "hang").touch()
         began_s = time.monotonic()
+        asking = asyncio.create_task(embed(engines))
+        await told.until(away)
+        assert time.monotonic() - began_s < NOT_READY_WITHIN_S
         with pytest.raises(UnavailableError):
-            await embed(engines)
+            await asking
         state = await told.until(lambda state: "is stuck" in state.reason)
         await told.until(ready)
         assert time.monotonic() - began_s < REPLACED_WITHIN_S, state.reason
         await embed(engines)
+
+        told.states.clear()
+        (tmp_path / "slow").touch()
+        began_s = time.monotonic()
+        asking = asyncio.create_task(embed(engines, text="one that is not remembered"))
+        state = await told.until(away)
+        assert "seems to be stuck" in state.reason
+        assert time.monotonic() - began_s < NOT_READY_WITHIN_S
+        (tmp_path / "slow").unlink()
+        await told.until(ready)
+        await asking
+        assert engines.restarts == 1  # it was only slow
 
         await standby_ready(engines)
         told.states.clear()
