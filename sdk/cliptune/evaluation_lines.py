@@ -58,7 +58,8 @@ def general_lines(evaluation: Evaluation) -> list[str]:
     lines = []
     if (general := evaluation.general) is not None:
         value, lost = general.metrics[general.main_metric], 100 * general.loss
-        lines.append(f"general: {general.main_metric} {value:.4f}, {lost:.2f} points below the start")
+        where = "below" if lost >= 0 else "above"
+        lines.append(f"general: {general.main_metric} {value:.4f}, {abs(lost):.2f} points {where} the start")
     if evaluation.guard is not None:
         lines.append(f"published: {evaluation.guard.reason}")
     return lines

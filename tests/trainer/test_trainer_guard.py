@@ -466,6 +466,8 @@ def test_the_best_point_is_chosen_among_those_within_the_tolerance() -> None:
     )
     assert curve.share == 0.6
     assert "keeping 83% of the domain's gain" in curve.reason
+    gained = choose(points((0.0, 0.5, 0.8), (1.0, 0.7, 0.82)), 0.01)
+    assert gained.reason == "the trained weights: the domain's best, without a general loss"
 
 
 @pytest.mark.parametrize(

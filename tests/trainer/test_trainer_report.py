@@ -20,7 +20,8 @@ from cliptune_model.source import ModelSource
 from cliptune_trainer.data.dataset import Pairs
 from cliptune_trainer.data.table import Pair
 from cliptune_trainer.report.charts import Line, line_chart
-from cliptune_trainer.report.examples import samples_of
+from cliptune_trainer.report.examples import Examples, samples_of
+from cliptune_trainer.report.page import page_of
 from tests.trainer.conftest import MakeJob, job_on
 from tests.trainer.jobs import TrainerJob
 from tests.trainer.test_trainer_guard import task
@@ -190,6 +191,31 @@ def test_a_chart_leaves_out_what_is_no_number_and_draws_a_single_point() -> None
     assert chart.count(",") == 2
     assert "circle" in line_chart("one", [Line(name="x", points=[(1, 0.0)])], "step")
     assert line_chart("none", [Line(name="x", points=[(1, nan)])], "step") == ""
+
+
+def test_a_chart_s_scales_are_of_round_numbers() -> None:
+    chart = line_chart("rate", [Line(name="x", points=[(1, 0.0), (12, 3.1e-5), (24, 1e-5)])], "step")
+    said = re.findall(r">([^<>]+)</text>", chart)
+    assert {"0", "1.0e-5", "3.0e-5", "5", "10", "20"} <= set(said)
+    assert not any(text.startswith("-") for text in said)
+
+
+def test_what_was_gained_is_not_told_as_a_loss_and_metrics_stand_in_the_order_of_their_numbers(
+    finished: TrainerJob,
+) -> None:
+    figures = json.loads((finished.folder.report / "report.json").read_text())
+    general = figures["evaluations"][-1]["general"]
+
+    def page(loss: float) -> str:
+        general["loss"] = loss
+        return page_of(figures, [], Examples(), {}, "")
+
+    assert "2.00 points less than the starting model" in page(0.02)
+    gained = page(-0.02)
+    assert "2.00 points more than the starting model" in gained
+    assert "2.00 points gained" in gained
+    places = [gained.index(f"image_to_text_recall@{k}<") for k in (1, 5, 10)]
+    assert places == sorted(places)
 
 
 def test_sample_images_take_turns_among_labels_and_skip_what_is_gone(tiles: Path) -> None:

@@ -26,6 +26,7 @@ _NUMBERED: Final = 24
 _NAMED: Final = 60
 MOST_CLASSES: Final = 200
 _LABEL_CHARS: Final = 28
+_SHORT: Final = 9
 _DPI: Final = 110
 
 
@@ -61,7 +62,9 @@ def _png(counts_CC: Integers, labels: Sequence[str], title: str) -> bytes:
     if classes <= _NAMED:
         for axis in (axes.xaxis, axes.yaxis):
             _name(axis, labels)
-        axes.tick_params(axis="x", labelrotation=90 if classes > 4 else 0)
+        # Beside each other they have half an inch each, or little more.
+        crowded = classes > 4 or max(map(len, labels)) > _SHORT
+        axes.tick_params(axis="x", labelrotation=90 if crowded else 0)
     if classes <= _NUMBERED:
         for row, column in np.ndindex(counts_CC.shape):
             if count := int(counts_CC[row, column]):

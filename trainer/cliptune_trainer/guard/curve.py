@@ -90,7 +90,12 @@ def choose(points: Sequence[Point], tolerance: float) -> Curve:
             -points[place].share,
         ),
     )
-    point, spent = points[chosen], f"{loss(points[chosen]):.4f} of {tolerance:g} allowed"
+    point, paid = points[chosen], loss(points[chosen])
+    price = (
+        f"at a general loss of {paid:.4f} of {tolerance:g} allowed"
+        if paid > _SAME
+        else "without a general loss"
+    )
     if chosen == 0:
         least = min((loss(other), other.share) for other in points[1:])
         why = (
@@ -100,12 +105,12 @@ def choose(points: Sequence[Point], tolerance: float) -> Curve:
         )
         reason = f"the starting weights: {why}"
     elif chosen == len(points) - 1:
-        reason = f"the trained weights: the domain's best, at a general loss of {spent}"
+        reason = f"the trained weights: the domain's best, {price}"
     else:
         kept = ""
         if (whole := trained.domain - start.domain) > _SAME:
             kept = f", keeping {(point.domain - start.domain) / whole:.0%} of the domain's gain"
-        reason = f"{point.share:g} of the way: the domain's best at a general loss of {spent}{kept}"
+        reason = f"{point.share:g} of the way: the domain's best {price}{kept}"
     return Curve(points=tuple(points), chosen=chosen, tolerance=tolerance, reason=reason)
 
 

@@ -14,7 +14,7 @@ from typing import Final
 _WIDTH: Final = 420
 _HEIGHT: Final = 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 14, 26, 34
-_TICKS: Final = 4
+_TICKS: Final = 5  # at most, and half as many at least
 # A page's styles go over these; what reads no styles has them.
 _COLOURS: Final = ("#2f6db3", "#c04f37")
 
@@ -58,9 +58,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
         f'<text class="axis" font-size="10" x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end">',
         f"{escape(x_label)}</text>",
     ]
-    for tick in range(_TICKS + 1):
-        x, y = x_low + tick / _TICKS * (x_high - x_low), y_low + tick / _TICKS * (y_high - y_low)
-        across, up = place(x, y)
+    for y in _ticks(y_low, y_high):
+        _, up = place(x_low, y)
         parts.append(
             f'<line class="grid" stroke="#d9dee7" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}"'
             f' y1="{up:.1f}" y2="{up:.1f}"/>'
@@ -69,6 +68,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str) -> str:
             f'<text class="axis" font-size="10" x="{_LEFT - 5}" y="{up + 3:.1f}" text-anchor="end">'
             f"{_short(y)}</text>"
         )
+    for x in _ticks(x_low, x_high):
+        across, _ = place(x, y_low)
         parts.append(
             f'<text class="axis" font-size="10" x="{across:.1f}" y="{_HEIGHT - _BOTTOM + 13}"'
             f' text-anchor="middle">'
@@ -99,6 +100,15 @@ def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
         size = abs(low) or 1.0
         return low - 0.5 * size, high + 0.5 * size
     return low - margin * (high - low), high + margin * (high - low)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers between the two, ends included: steps of 1, 2 or 5 of some power of ten."""
+    rough = (high - low) / _TICKS
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(size * one for one in (1, 2, 5, 10) if size * one >= rough * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 def _short(value: float) -> str:

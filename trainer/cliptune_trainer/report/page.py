@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from typing import Any, Final
 
@@ -22,13 +23,17 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)
 margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2.2rem 0 .6rem;border-bottom:1px solid var(--line)}
 p,ul{margin:.4rem 0}.soft,figcaption{color:var(--soft);font-size:.85rem}
+.table{overflow-x:auto}
 table{border-collapse:collapse;font-size:.88rem;margin:.5rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.2rem .7rem .2rem 0;text-align:left;vertical-align:top}td.n,th.n{text-align:right}
+th,td{padding:.2rem .7rem .2rem 0;text-align:left;vertical-align:top}
+td.n,th.n{text-align:right}td.n{white-space:nowrap}th{vertical-align:bottom}
+@media(max-width:40rem){table{font-size:.75rem}th,td{padding-right:.45rem}}
 tr+tr td{border-top:1px solid var(--line)}
 .cards,.row{display:flex;flex-wrap:wrap;gap:.8rem}.cards>div{background:var(--wash);border-radius:8px;
 padding:.6rem 1rem;min-width:8rem}.cards b{display:block;font-size:1.35rem}
 figure{margin:0;width:9rem;font-size:.85rem}figure img{max-width:8rem;max-height:8rem;border-radius:4px;
-display:block}.wide{width:18rem}.right{color:var(--green)}.wrong{color:var(--red)}
+display:block}figure.wide{display:flex;gap:.7rem;width:28rem;max-width:100%}
+.wide img{flex:none;max-width:6rem;max-height:6rem}.right{color:var(--green)}.wrong{color:var(--red)}
 .chart{flex:1 1 24rem;max-width:27rem}svg{display:block;width:100%;height:auto}
 svg text{fill:var(--ink);font-size:11px}svg .title{font-weight:600}
 svg .axis{fill:var(--soft);font-size:10px}.grid{stroke:var(--line);stroke-width:.7}
@@ -90,7 +95,7 @@ def _head(figures: Mapping[str, Any], before: Any, after: Any) -> str:
         was = f"{_number(before['metrics'].get(main))} before" if before else ""
         cards.append((gain, main, was))
     if after and (general := after.get("general")):
-        loss = f"{100 * general.get('loss', 0.0):.2f} points lost"
+        loss = _lost(general, "lost", "gained")
         cards.append((_number(general["metrics"][general["main_metric"]]), "general knowledge", loss))
     cards.append((_duration(time["device_s"]), "on the device", figures["device"]["name"]))
     told = "".join(
@@ -101,7 +106,7 @@ def _head(figures: Mapping[str, Any], before: Any, after: Any) -> str:
     return (
         f"<h1>{escape(job['name'])}</h1>"
         f'<p class="soft">job {escape(job["id"])}: {escape(job["start"])} fine-tuned{escape(domain)},'
-        f" finished {escape(time['finished'])}</p><div class=cards>{told}</div>"
+        f" finished {escape(_moment(time['finished']))}</p><div class=cards>{told}</div>"
     )
 
 
@@ -121,7 +126,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f"<table><tr>{top}</tr>{body}</table>"
+    return f"<div class=table><table><tr>{top}</tr>{body}</table></div>"
 
 
 def _evaluation(before: Any, after: Any) -> str:
@@ -129,7 +134,7 @@ def _evaluation(before: Any, after: Any) -> str:
         return ""
     was = before["metrics"] if before else {}
     main = after.get("main_metric", "")
-    names = sorted(after["metrics"], key=lambda name: (name != main, name))
+    names = sorted(after["metrics"], key=lambda name: (name != main, *_natural(name)))
     rows = []
     for name in names:
         interval = after.get("intervals", {}).get(name)
@@ -145,6 +150,12 @@ def _evaluation(before: Any, after: Any) -> str:
     )
 
 
+def _natural(name: str) -> tuple[str, int]:
+    """For sorting: @5 before @10."""
+    stem, _, number = name.partition("@")
+    return stem, int(number) if number.isdigit() else 0
+
+
 def _guard(after: Any, picture: bytes | None) -> str:
     if not after or "general" not in after:
         return ""
@@ -157,7 +168,7 @@ def _guard(after: Any, picture: bytes | None) -> str:
     )
     parts.append(
         f"<p>{escape(general['main_metric'])} {_number(general['metrics'][general['main_metric']])}{sure},"
-        f" {100 * general.get('loss', 0.0):.2f} points less than the starting model.</p>"
+        f" {_lost(general, 'less', 'more')} than the starting model.</p>"
     )
     if "guard" in after:
         curve = after["guard"]
@@ -320,7 +331,7 @@ def _decisions(decisions: Sequence[Mapping[str, str]]) -> str:
         f'<td class="soft">{escape(made.get("reason", ""))}</td></tr>'
         for made in decisions
     )
-    return f"<table>{rows}</table>" if rows else ""
+    return f"<div class=table><table>{rows}</table></div>" if rows else ""
 
 
 def _notices(notices: Sequence[Mapping[str, str]]) -> str:
@@ -328,10 +339,20 @@ def _notices(notices: Sequence[Mapping[str, str]]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
+def _lost(general: Mapping[str, Any], less: str, more: str) -> str:
+    points = 100 * general.get("loss", 0.0)
+    return f"{abs(points):.2f} points {less if points >= 0 else more}"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _moment(time: str) -> str:
+    """To the minute, for people."""
+    return f"{datetime.fromisoformat(time).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _duration(seconds: float) -> str:
