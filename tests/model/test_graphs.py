@@ -128,21 +128,26 @@ def test_a_graph_that_computes_something_else_ends_them_all(
     assert not graphs.add(first)
 
 
-def test_a_recorder_that_fails_leaves_the_graphs_that_are_there(clip: Clip) -> None:
+def test_a_tower_that_cannot_be_recorded_is_left_out_and_the_other_goes_on(clip: Clip) -> None:
     recorder = Computing()
     graphs = graphs_of(clip, recorder)
-    first, second, *_ = wanted(clip)
-    assert graphs.add(first)
 
     def fails(found: Tensor) -> Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    recorder._change = fails
-    assert not graphs.add(second)
+    for shape in wanted(clip):
+        recorder._change = fails if shape.is_text else lambda found: found
+        assert graphs.add(shape)
     assert graphs.choice.value == "on"
-    assert "not permitted" in graphs.choice.reason
+    assert f"{len(ROWS)} graphs" in graphs.choice.reason
+    assert "texts: RuntimeError: operation not permitted" in graphs.choice.reason
     recorder._change = lambda found: found
     assert graphs.run(torch.zeros(1, 3, *clip.image_size)) is not None
+    assert graphs.run(clip.tokenize_trimmed(["a circle"])) is None
+    recorder._change = fails
+    neither = graphs_of(clip, recorder)
+    assert [neither.add(shape) for shape in wanted(clip)][:2] == [True, False]
+    assert neither.choice.value == "off"
 
 
 def test_graphs_end_where_their_memory_does(clip: Clip) -> None:

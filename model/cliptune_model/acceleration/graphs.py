@@ -99,15 +99,22 @@ class Graphs:
     _recorded: dict[Shape, Recorded] = field(default_factory=dict)
     _began_bytes: int | None = None
     _ended: bool = False
+    _failed: dict[bool, str] = field(default_factory=dict)
+    """Why no more graphs are recorded of images (False) or texts (True)."""
 
     def __post_init__(self) -> None:
         self._tell("")
 
     @torch.inference_mode()
     def add(self, shape: Shape) -> bool:
-        """Records and proves one. False: no more are wanted, and `choice` says why."""
+        """Records and proves one. False: no more are wanted, and `choice` says why.
+
+        A tower that cannot be recorded is left out, and the other one goes on.
+        """
         if self._ended:
             return False
+        if shape.is_text in self._failed:
+            return True
         if self._began_bytes is None:
             self._began_bytes = self.held_bytes()
         taken_bytes = self.held_bytes() - self._began_bytes
@@ -118,7 +125,10 @@ class Graphs:
             recorded = self.record(forward, shape.example(self.device, seed=0))
             cosine = self._cosine(forward, recorded, shape)
         except Exception as error:  # a recorder may raise anything; the model serves without it
-            return self._end(f"recording failed ({type(error).__name__}: {str(error)[:200]})")
+            kind = "texts" if shape.is_text else "images"
+            self._failed[shape.is_text] = f"{kind}: {type(error).__name__}: {str(error)[:200]}"
+            self._tell("")
+            return len(self._failed) < 2
         if not cosine >= LEAST_COSINE:  # NaN too
             self._recorded.clear()
             return self._end(f"a graph's vectors have a cosine of {cosine:.6f} to the forward's")
@@ -160,7 +170,8 @@ class Graphs:
     def _tell(self, why: str) -> None:
         count = len(self._recorded)
         value = "on" if count else "off"
-        reason = f"{count} graphs of up to {ROWS[-1]} rows{why}"
+        failed = "".join(f"; no more of {told}" for told in self._failed.values())
+        reason = f"{count} graphs of up to {ROWS[-1]} rows{why}{failed}"
         self.choice = Choice(subject="graphs", value=value, reason=reason)
 
 
@@ -168,9 +179,11 @@ def cuda_recorder() -> Record:
     """Records on CUDA, all graphs in one pool of memory."""
     cuda: Any = torch.cuda
     pool = cuda.graph_pool_handle()
+    streams: dict[torch.device, Any] = {}  # one for all graphs: libraries keep workspaces for each stream
 
     def record(forward: Forward, given: Tensor) -> Recorded:
-        side, usual = cuda.Stream(given.device), cuda.current_stream(given.device)
+        side = streams.setdefault(given.device, cuda.Stream(given.device))
+        usual = cuda.current_stream(given.device)
         side.wait_stream(usual)
         graph = cuda.CUDAGraph()
         with cuda.stream(side):
