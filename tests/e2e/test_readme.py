@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from tests.support.datasets import write_csv
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 CLIPTUNE = Path(sys.executable).parent / "cliptune"
+ADDRESS = "127.0.0.1:8000"
 PAIRS = [("red", "circle"), ("blue", "square")]
 
 
@@ -57,7 +60,7 @@ def run(command: list[str], folder: Path, daemon: RunningDaemon) -> str:
         env={**os.environ, "CLIPTUNE_HOME": str(daemon.home)},
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=270,
         check=False,
     )
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}\n{daemon.log_tail()}"
@@ -88,6 +91,17 @@ def test_the_command_lines_run_in_their_order(folder: Path, daemon: RunningDaemo
         assert program == "cliptune"
         run([str(CLIPTUNE), *arguments], folder, daemon)
     assert (folder / "vectors.npy").stat().st_size > 0
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
+def test_the_requests_from_any_language_are_answered(folder: Path, daemon: RunningDaemon) -> None:
+    models, classified, embedded = (
+        json.loads(run(shlex.split(line.replace(ADDRESS, daemon.url)), folder, daemon))
+        for line in blocks("sh")[2].splitlines()
+    )
+    assert "shapes" in {model["name"] for model in models["data"]}
+    assert classified["predictions"][0]["label"] in classified["labels"]
+    assert len(embedded["data"][0]["embedding"]) > 0
 
 
 def test_the_commands_that_open_it_are_targets_of_the_makefile() -> None:
