@@ -125,7 +125,12 @@ def test_models_are_listed_and_aliased(house: House) -> None:
         json.loads(cliptune(house, "models", "alias", "shapes:1", "next", "--json").stdout)[0]["version"] == 1
     )
     assert cliptune(house, "models", "unalias", "shapes", "next").returncode == 0
-    assert "loaded on cpu" in cliptune(house, "models", "show", "shapes@prod").stdout
+    shown = cliptune(house, "models", "show", "shapes@prod").stdout
+    assert "loaded on cpu" in shown
+    assert "served in fp32; towers " in shown
+    listed = cliptune(house, "models", "list").stdout
+    assert "SERVED IN" in listed
+    assert "fp32" in listed
     assert "ModelNotFoundError" in cliptune(house, "models", "load", "nobody").stderr
 
 

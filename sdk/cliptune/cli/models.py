@@ -55,6 +55,14 @@ def _show(client: Client, options: argparse.Namespace) -> int:
     return 0
 
 
+def _served_in(model: Model) -> str:
+    """ "fp32", "bf16 0.99987": the precision, and its cosine to fp32 where it is another."""
+    if not model.message.HasField("served"):
+        return "-"
+    way = model.message.served
+    return way.precision if way.precision == "fp32" else f"{way.precision} {way.precision_cosine:.5f}"
+
+
 def _served(model: Model) -> Iterator[str]:
     """How the engine computes: precision, decoding, towers, and how near that is to the exact way."""
     if not model.message.HasField("served"):
@@ -75,13 +83,14 @@ def _print(models: Sequence[Model], *, as_json: bool) -> None:
             model.reference,
             ",".join(model.aliases) or "-",
             model.device or "yes" if model.loaded else "-",
+            _served_in(model),
             model.architecture,
             size(model.bytes),
             moment(model.created),
         )
         for model in models
     ]
-    print_table(("MODEL", "ALIASES", "LOADED", "ARCHITECTURE", "SIZE", "CREATED"), rows)
+    print_table(("MODEL", "ALIASES", "LOADED", "SERVED IN", "ARCHITECTURE", "SIZE", "CREATED"), rows)
 
 
 def _changed(
