@@ -28,9 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from cliptune.errors import CliptuneError, InternalError, UnavailableError
+from cliptune.errors import CliptuneError, InternalError, OverloadedError, UnavailableError
 from cliptune.internal.v1 import engine_pb2
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
+from cliptune_server.inference.refusals import Measured, Refusals
 
 # An engine that lived so long was no part of a crash loop.
 _STEADY_S: Final = 30.0
@@ -44,7 +45,7 @@ _MAX_FOLDER_BYTES: Final = 80
 
 _log = logging.getLogger(__name__)
 
-_Request = TypeVar("_Request")
+_Request = TypeVar("_Request", bound=Measured)
 _Response = TypeVar("_Response")
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class EngineSupervisor:
         self._missing: dict[str, str] = {}
         """Of those, what could not be loaded again, and why."""
         self._crashes: Final[Counter[str]] = Counter()
+        self._refusals: Final = Refusals()
         self._change: Final = asyncio.Lock()
         self._retry_after_s = _USUAL_REPLACEMENT_S
         self._folder: Path | None = None
@@ -161,9 +163,11 @@ class EngineSupervisor:
         return (await self.call(lambda stub: stub.Canary, engine_pb2.CanaryRequest(), timeout_s)).seconds
 
     async def status(self) -> engine_pb2.StatusResponse:
-        """The engine's own word, answered at once whatever its device does."""
+        """The engine's own word, answered at once whatever its device does; and what was refused for it."""
         timeout_s = self._config.heartbeat_timeout_s
-        return await self.call(lambda stub: stub.Status, engine_pb2.StatusRequest(), timeout_s)
+        status = await self.call(lambda stub: stub.Status, engine_pb2.StatusRequest(), timeout_s)
+        status.shed_requests += self._refusals.repeated
+        return status
 
     async def call(
         self,
@@ -176,12 +180,18 @@ class EngineSupervisor:
         """Forwards one call: `call(lambda stub: stub.EmbedTexts, request, 5.0)`; `bulk`: others go first.
 
         `UnavailableError` at once while there is no engine, and when it ends during the call.
+        `OverloadedError` where the engine says so, or has just said so.
         """
         engine = self._active
         if engine is None or engine.condemned:
             reason = self.reason or "the engine is being replaced"
             raise UnavailableError(reason, retry_after_s=f"{self._retry_after_s:g}")
-        return await engine.call(pick, request, timeout_s, bulk=bulk)
+        self._refusals.check(request, timeout_s, bulk=bulk)
+        try:
+            return await engine.call(pick, request, timeout_s, bulk=bulk)
+        except OverloadedError as error:
+            self._refusals.note(request, timeout_s, error, bulk=bulk)
+            raise
 
     async def _supervise(self) -> None:
         failures = 0
