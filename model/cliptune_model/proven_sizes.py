@@ -54,12 +54,6 @@ def chosen_size(word: str, proven: Sequence[ProvenSize], usual: Size) -> Size:
     return max(enough or [best], key=lambda one: one.images_per_second).size
 
 
-def best_within(proven: Sequence[ProvenSize], budget_ms: float) -> ProvenSize | None:
-    """The size with the highest metric whose latency keeps to the budget (0: any); None: there is none."""
-    possible = [one for one in proven if not budget_ms or one.latency_ms <= budget_ms]
-    return max(possible, key=lambda one: (one.value, -one.latency_ms), default=None)
-
-
 def told(size: Size) -> str:
     """For a person: "224", or "224x320"."""
     return str(size[0]) if size[0] == size[1] else f"{size[0]}x{size[1]}"

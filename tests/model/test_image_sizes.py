@@ -23,7 +23,7 @@ from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip, build
 from cliptune_model.exported import export_model, load_exported, manifest_of, read_manifest
 from cliptune_model.image_sizes import asked_size, fitted
-from cliptune_model.proven_sizes import ProvenSize, best_within
+from cliptune_model.proven_sizes import ProvenSize
 from cliptune_model.source import ModelSource
 from cliptune_model.towers.image_tower import image_tower
 from cliptune_model.towers.patch_size import resized_patches
@@ -286,11 +286,6 @@ def test_a_model_that_was_measured_nowhere_answers_the_words_at_its_usual_size()
 def test_anything_else_is_refused_with_what_is_allowed(asked: str) -> None:
     with pytest.raises(InvalidInputError, match="fast, balanced, best"):
         asked_size(clip_of("vit"), asked, PROVEN, (32, 32))
-
-
-def test_the_best_size_within_a_latency_is_the_most_accurate_that_keeps_to_it() -> None:
-    assert [best_within(PROVEN, budget) for budget in (0.0, 3.0, 2.0)] == [PROVEN[2], PROVEN[1], PROVEN[0]]
-    assert best_within(PROVEN, 0.5) is None
 
 
 def test_a_manifest_keeps_what_was_proven(tmp_path: Any) -> None:
