@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import threading
 from typing import Any, cast
 
 import open_clip
@@ -95,6 +96,28 @@ def test_a_frozen_model_shares_its_weights_with_the_one_it_is_from_and_leaves_th
     assert all(ours[name] is theirs[name] for name in theirs)
     for one, other in zip(before, vectors(clip, 2, ["a cat"]), strict=True):
         assert torch.equal(one, other)
+
+
+@MKL
+def test_a_model_answers_bit_by_bit_as_before_while_it_is_frozen_on_another_thread() -> None:
+    clip = clip_of("quick gelu")
+    wanted = vectors(clip, 3, ["a cat"])
+    ended = threading.Event()
+    differing: list[int] = []
+
+    def serve() -> None:
+        while not ended.is_set():
+            found = vectors(clip, 3, ["a cat"])
+            differing.extend(1 for one, other in zip(found, wanted, strict=True) if not one.equal(other))
+
+    serving = threading.Thread(target=serve)
+    serving.start()
+    try:
+        assert all(freeze(clip).choice.value == "packed" for _ in range(3))
+    finally:
+        ended.set()
+        serving.join()
+    assert not differing
 
 
 @MKL
