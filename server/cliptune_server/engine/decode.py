@@ -66,8 +66,9 @@ class Decoder:
 
         On the CPU, or on the GPU where that decoded it.
         """
-        if reader.gpu is not None and image.is_file and self._gpu.is_sooner(self._threads_s()):
-            image_CHW = await self._gpu.image(reader.gpu, bytes(image.data))
+        gpu = reader.gpu if image.is_file else None
+        if gpu is not None and self._gpu.is_sooner(self._threads_s(), bulk=bulk):
+            image_CHW = await self._gpu.image(gpu, bytes(image.data), bulk=bulk)
             if image_CHW is not None:
                 return image_CHW
         self._waiting += 1

@@ -51,7 +51,8 @@ class GpuDecoding:
         self._progress: Final = progress
         self._on_batch: Final = on_batch
         self._thread: Final = ThreadPoolExecutor(1, thread_name_prefix="gpu-decode")
-        self._queue: Final[deque[_Waiting]] = deque()
+        self._queues: Final[tuple[deque[_Waiting], deque[_Waiting]]] = (deque(), deque())
+        """Interactive, then bulk."""
         self._running = 0
         self._serving: asyncio.Task[None] | None = None
         self._seconds = 0.0
@@ -62,9 +63,10 @@ class GpuDecoding:
 
     def close(self) -> None:
         """What waits is left to the threads."""
-        for waiting in self._queue:
-            _settle(waiting, None)
-        self._queue.clear()
+        for queue in self._queues:
+            for waiting in queue:
+                _settle(waiting, None)
+            queue.clear()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     @property
@@ -72,16 +74,17 @@ class GpuDecoding:
         """Seconds of a file, in batches as they come; 0 before the first."""
         return self._seconds / self._files if self._files else 0.0
 
-    def is_sooner(self, threads_s: float) -> bool:
+    def is_sooner(self, threads_s: float, *, bulk: bool = False) -> bool:
         """Whether a file that comes now is decoded here before it would be after `threads_s` by a thread."""
         if self._failures >= _FAILURES:
             return False
-        return (len(self._queue) + self._running + 1) * self.file_s <= threads_s
+        before = self._running + sum(map(len, self._queues[: 1 + bulk]))
+        return (before + 1) * self.file_s <= threads_s
 
-    async def image(self, reader: GpuJpeg, file: bytes) -> Tensor | None:
-        """[3, H, W] on the device. None: the threads are to read it."""
+    async def image(self, reader: GpuJpeg, file: bytes, *, bulk: bool = False) -> Tensor | None:
+        """[3, H, W] on the device; `bulk`: others go first. None: the threads are to read it."""
         waiting = _Waiting(reader=reader, file=file)
-        self._queue.append(waiting)
+        self._queues[bulk].append(waiting)
         if self._serving is None:
             self._serving = asyncio.create_task(self._serve(), name="gpu-decode")
         try:
@@ -99,13 +102,14 @@ class GpuDecoding:
     def _take(self) -> list[_Waiting]:
         """Files of one reader: they have one size afterwards."""
         taken: list[_Waiting] = []
-        left: list[_Waiting] = []
-        while self._queue and len(taken) < _BATCH_FILES:
-            waiting = self._queue.popleft()
-            if waiting.image.done():
-                continue
-            (taken if not taken or waiting.reader is taken[0].reader else left).append(waiting)
-        self._queue.extendleft(reversed(left))
+        for queue in self._queues:
+            left: list[_Waiting] = []
+            while queue and len(taken) < _BATCH_FILES:
+                waiting = queue.popleft()
+                if waiting.image.done():
+                    continue
+                (taken if not taken or waiting.reader is taken[0].reader else left).append(waiting)
+            queue.extendleft(reversed(left))
         return taken
 
     async def _decode(self, batch: list[_Waiting]) -> None:

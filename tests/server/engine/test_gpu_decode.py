@@ -103,6 +103,24 @@ async def test_a_file_goes_where_it_is_decoded_sooner(clip: Clip) -> None:
     decoding.close()
 
 
+async def test_interactive_files_leave_before_bulk_that_came_earlier(clip: Clip) -> None:
+    decoding = GpuDecoding(progress=Progress(), on_batch=lambda files, seconds: None)
+    reader = Counting(clip)
+    order: list[str] = []
+
+    async def ask(name: str, *, bulk: bool) -> None:
+        await decoding.image(reader, images.jpeg(size=40), bulk=bulk)
+        order.append(name)
+
+    await asyncio.gather(
+        *(ask("bulk", bulk=True) for _ in range(150)), *(ask("interactive", bulk=False) for _ in range(2))
+    )
+    assert order.index("interactive") < 64
+    assert sorted(order)[-2:] == ["interactive"] * 2
+    assert max(reader.batches) == 64
+    decoding.close()
+
+
 async def test_a_batch_that_fails_is_decoded_by_the_threads_and_a_broken_decoder_is_not_asked_again(
     clip: Clip,
 ) -> None:
