@@ -15,6 +15,7 @@ from cliptune.domains import layered, recipe
 from cliptune.errors import SpecError
 from cliptune.spec_shape import validate_shape
 from cliptune.v1 import job_pb2, spec_pb2
+from cliptune_model.adapters import AdapterConfig, Attached, BaseIdentity
 from cliptune_model.clip import Clip, build
 from cliptune_model.source import ModelSource
 from cliptune_trainer.data.dataset import Pairs
@@ -109,6 +110,23 @@ def test_the_chosen_rate_tells_its_reasons_and_grows_with_the_weights(pretrained
     assert weight_size(larger.model) > 2 * weight_size(pretrained.model)
     more = choose_learning_rate(replace(larger, pretrained=True), rows=5000, total_steps=4000)
     assert float(more.value) == pytest.approx(4.2e-4 * weight_size(larger.model), rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "usual", "most"), [("lora", 2e-4, 25), ("bottleneck", 3e-4, 10)])
+def test_an_adapter_s_rate_rises_with_the_steps_that_are_missing_since_it_begins_as_nothing(
+    pretrained: Clip, kind: str, usual: float, most: float
+) -> None:
+    base = BaseIdentity(source=ModelSource(name="cliptune-test-vit"), seed=0, sha256="0" * 64)
+    clip = replace(pretrained, adapter=Attached(config=AdapterConfig(kind=kind), base=base, layers=()))
+
+    def rate(steps: int) -> float:
+        return float(choose_learning_rate(clip, rows=100, total_steps=steps).value)
+
+    assert rate(1000) == rate(8000) == usual
+    assert rate(200) == pytest.approx(5 * usual)
+    assert rate(3) == rate(40) == pytest.approx(most * usual)
+    reason = choose_learning_rate(clip, rows=100, total_steps=200).reason
+    assert reason == f"usual for adapters: {kind}; 200 steps are few, and it begins as nothing: × 5"
 
 
 def test_usual_settings_are_not_remarked_upon(cautions: Caution) -> None:

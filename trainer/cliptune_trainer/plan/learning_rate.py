@@ -16,15 +16,17 @@ from typing import Final
 
 from torch import nn
 
-from cliptune_model.adapters.config import LORA
+from cliptune_model.adapters.config import BOTTLENECK, LORA
 from cliptune_model.choice import Choice
 from cliptune_model.clip import Clip
 
 RANDOM_LEARNING_RATE: Final = 5e-4
 # Adapters begin as nothing and are small: LoRA as Zanella and Ben Ayed 2024 (CLIP-LoRA), bottlenecks between
 # the rates of Houlsby et al. 2019, section 3.2.
-_ADAPTER_RATES: Final = {LORA: 2e-4}
-_BOTTLENECK_RATE: Final = 3e-4
+_ADAPTER_RATES: Final = {LORA: 2e-4, BOTTLENECK: 3e-4}
+# They are for runs of a thousand steps or more. What an adapter adds grows from nothing by about the rate in
+# each step, so that fewer steps need a rate higher by as much, up to here (docs/adapters.md has figures).
+_MOST_FOR_ADAPTERS: Final = {LORA: 25.0, BOTTLENECK: 10.0}
 # 1e-5 for a ViT-B-32.
 _SHARE_OF_WEIGHTS: Final = 4.2e-4
 _LEAST, _MOST = 1e-6, 1e-4
@@ -45,8 +47,12 @@ def choose_learning_rate(clip: Clip, *, rows: int, total_steps: int) -> Choice:
     """
     if clip.adapter is not None:
         kind = clip.adapter.config.kind
-        rate = _ADAPTER_RATES.get(kind, _BOTTLENECK_RATE)
-        return Choice(subject="learning_rate", value=f"{rate:g}", reason=f"usual for adapters: {kind}")
+        times = min(max(1.0, _FEW_STEPS / total_steps), _MOST_FOR_ADAPTERS[kind])
+        rate = _ADAPTER_RATES[kind] * times
+        why = f"usual for adapters: {kind}"
+        if times > 1:
+            why += f"; {total_steps} steps are few, and it begins as nothing: × {times:.2g}"
+        return Choice(subject="learning_rate", value=f"{rate:.2g}", reason=why)
     if not clip.pretrained:
         return Choice(
             subject="learning_rate", value=f"{RANDOM_LEARNING_RATE:g}", reason="the weights are random"
