@@ -59,7 +59,7 @@ async def test_what_cannot_be_decoded_in_time_is_refused_before_the_queue_is_wor
     assert len(endings) == 48
     assert endings.count("answered") >= 1
     assert endings.index("refused") < len(endings) - 1 - endings[::-1].index("answered")
-    assert 0.1 <= min(retry_after_s)
+    assert min(retry_after_s) >= 0.1
     status = await engine.call(lambda stub: stub.Status, engine_pb2.StatusRequest(), 10)
     assert status.shed_requests == endings.count("refused")
     await engine.call(lambda stub: stub.EmbedImages, one, 60)  # and is open again
