@@ -2,8 +2,8 @@
 
 Enters: requests as protobuf messages. Leaves: protobuf messages, or errors of `cliptune.errors`. Called by
 `rpc/training.py` and the gateway. Composes what does the work: admission (what a job may ask for), the
-dispatcher (trainers, queue), control (commands), the index (lists), and one `LiveJob` for each job that has
-not ended.
+dispatcher (trainers, queue), creation (new jobs), control (commands), the index (lists), and one `LiveJob`
+for each job that has not ended.
 """
 
 from __future__ import annotations
@@ -11,28 +11,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cliptune.durable import is_disk_full
 from cliptune.errors import (
-    CancelledError,
-    DiskFullError,
     JobNotFoundError,
     JobStateError,
     NotFoundError,
     UnavailableError,
-    from_detail,
 )
-from cliptune.tracing import inject_environment, tracer
-from cliptune.v1 import job_pb2, spec_pb2, training_pb2
+from cliptune.tracing import tracer
+from cliptune.v1 import job_pb2, training_pb2
 from cliptune.v1.job_pb2 import (
-    JOB_STATE_CANCELLED,
-    JOB_STATE_FAILED,
     JOB_STATE_PREPARING,
     JOB_STATE_QUEUED,
 )
@@ -41,11 +35,12 @@ from cliptune_server.database import Database
 from cliptune_server.home import Home
 from cliptune_server.training.admission import Admission
 from cliptune_server.training.control import Control
+from cliptune_server.training.creation import Creation
 from cliptune_server.training.data_names import DataNames, reads_data_set
 from cliptune_server.training.dispatcher import STOPPING, Dispatcher
 from cliptune_server.training.event_log import CorruptLogError, replay
 from cliptune_server.training.job import FINAL_STATES, Entry, check_command, command_name, state_name
-from cliptune_server.training.job_folder import CorruptJobError, JobFolder, JobHeader, new_header, sweep
+from cliptune_server.training.job_folder import CorruptJobError, JobFolder, sweep
 from cliptune_server.training.job_index import JobIndex
 from cliptune_server.training.launcher import Launcher
 from cliptune_server.training.link import LinkService
@@ -88,8 +83,7 @@ class Jobs:
         self._home = home
         self._index = JobIndex(database)
         self._link = link
-        self._publisher = publisher
-        self._admission = Admission(
+        admission = Admission(
             data_dir=home.data_dir,
             models_dir=home.models_dir,
             data_roots=config.data_roots,
@@ -102,15 +96,22 @@ class Jobs:
             launcher=launcher,
             link=link,
             publisher=publisher,
-            data_roots=self._admission.roots,
+            data_roots=admission.roots,
             max_preparing=config.max_preparing,
             cancel_grace_s=config.cancel_grace_s,
             threads=self._threads,
         )
         self._control = Control(self._dispatcher, settle_s=config.settle_s)
-        self._creating = asyncio.Lock()
-        self._arriving: list[spec_pb2.JobSpec] = []
-        """Of jobs that are being admitted: what they name is in use already."""
+        self._creation = Creation(
+            self._live,
+            jobs_dir=home.jobs_dir,
+            index=self._index,
+            dispatcher=self._dispatcher,
+            admission=admission,
+            publisher=publisher,
+            threads=self._threads,
+            listener=self,
+        )
         self._ended: Counter[str] = Counter()
         self._events = 0
         self._watchers = 0
@@ -152,10 +153,11 @@ class Jobs:
         self._refuse_when_stopping()
         with tracer().start_as_current_span("job.create"):
             if request.validate_only:
-                with self._arrival(request.spec):
-                    return await self._validate(request)
+                return self._message(await self._creation.validate(request))
             # To its end even if the caller leaves: a job is there or it is not.
-            return await asyncio.shield(self._dispatcher.spawn(self._create(request)))
+            return await self.get(
+                await asyncio.shield(self._dispatcher.spawn(self._creation.create(request)))
+            )
 
     async def get(self, job_id: str) -> job_pb2.Job:
         """The job now. `JobNotFoundError`."""
@@ -214,7 +216,9 @@ class Jobs:
         """
         live = (job for job in self._live.values() if not job.record.ended)
         users = [job.id for job in live if reads_data_set(job.record.message.spec, name, files)]
-        return users + [f"{spec.name} (new)" for spec in self._arriving if reads_data_set(spec, name, files)]
+        return users + [
+            f"{spec.name} (new)" for spec in self._creation.arriving if reads_data_set(spec, name, files)
+        ]
 
     def yield_to_inference(self, device: str, seconds: float) -> None:
         """Asks the trainers on a device ("mps", "cuda:0") to leave it to inference; 0: to go on. No event."""
@@ -258,90 +262,6 @@ class Jobs:
             waiting_by_device=self._dispatcher.scheduler.waiting_by_device(),
             running_by_device=self._dispatcher.scheduler.running_by_device(),
         )
-
-    # --- creation
-
-    async def _create(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
-        key = request.idempotency_key
-        # Before anything is checked: a repeated request is answered even if its data has gone meanwhile.
-        if key and (known := await self._id_of_key(key)) is not None:
-            return await self.get(known)
-        with self._arrival(request.spec):
-            spec = await self._admission.admit(request.spec, self._publisher)
-            async with self._creating:
-                if key and (known := await self._id_of_key(key)) is not None:
-                    return await self.get(known)
-                header = new_header(
-                    spec.name, idempotency_key=key, validate_only=False, trace=inject_environment()
-                )
-                job = await self._make(header, spec)
-        self._dispatcher.prepare(job)
-        return self._message(job)
-
-    async def _validate(self, request: training_pb2.CreateJobRequest) -> job_pb2.Job:
-        spec = await self._admission.admit(request.spec, self._publisher)
-        header = new_header(spec.name, idempotency_key="", validate_only=True, trace=inject_environment())
-        making = self._dispatcher.spawn(self._make(header, spec))
-        try:
-            job = await asyncio.shield(making)
-            self._dispatcher.prepare(job)
-            async with job.changed:
-                await job.changed.wait_for(
-                    lambda: job.state != JOB_STATE_PREPARING or self._dispatcher.stopping
-                )
-        finally:
-            # Also when the caller has left. A daemon that stops leaves it to the next one.
-            if not self._dispatcher.stopping:
-                await asyncio.shield(self._dispatcher.spawn(self._discard(making)))
-        self._refuse_when_stopping()
-        if job.state == JOB_STATE_FAILED:
-            raise from_detail(job.record.message.error)
-        if job.state != JOB_STATE_QUEUED:
-            raise CancelledError("the preparation was cancelled")
-        return self._message(job)
-
-    async def _make(self, header: JobHeader, spec: spec_pb2.JobSpec) -> LiveJob:
-        loop = asyncio.get_running_loop()
-        try:
-            folder = await loop.run_in_executor(
-                self._threads, JobFolder.create, self._home.jobs_dir, header, spec
-            )
-        except OSError as error:
-            if is_disk_full(error):
-                raise DiskFullError(f"no room for a new job in {self._home.jobs_dir}") from error
-            raise
-        job = await LiveJob.open(folder, header, spec, self._threads, self)
-        self._live[job.id] = job
-        await job.enter(JOB_STATE_PREPARING)
-        return job
-
-    @contextmanager
-    def _arrival(self, spec: spec_pb2.JobSpec) -> Iterator[None]:
-        """From before its data is looked at until the job is there."""
-        self._arriving.append(spec)
-        try:
-            yield
-        finally:
-            self._arriving = [other for other in self._arriving if other is not spec]
-
-    async def _id_of_key(self, key: str) -> str | None:
-        live = (job.id for job in self._live.values() if job.header.idempotency_key == key)
-        return next(live, None) or await self._index.id_of_key(key)
-
-    async def _discard(self, making: asyncio.Task[LiveJob]) -> None:
-        """Removes a job that was only to be validated."""
-        job = await making
-        async with job.deciding:
-            run = self._dispatcher.run_of(job.id)
-            if job.state == JOB_STATE_PREPARING and run is None:
-                await job.enter(JOB_STATE_CANCELLED)
-        if run is not None:
-            self._dispatcher.cancel(run)
-            await run.ended.wait()
-            async with job.changed:
-                await job.changed.wait_for(lambda: self._dispatcher.run_of(job.id) is None)
-        self._live.pop(job.id, None)
-        await asyncio.get_running_loop().run_in_executor(self._threads, job.folder.remove)
 
     # --- the rest
 
