@@ -106,6 +106,8 @@ class Payloads:
             descriptor = os.memfd_create("cliptune-payload", os.MFD_CLOEXEC)
             return _Place(descriptor, f"/proc/{os.getpid()}/fd/{descriptor}", named=False)
         path = self._folder / f"payload-{os.getpid()}-{next(self._numbers)}"
+        if not str(path).isascii():  # as metadata has to be
+            raise OSError(f"the path {str(path)!r} cannot be told to the engine")
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return _Place(os.open(path, flags, 0o600), str(path), named=True)
 

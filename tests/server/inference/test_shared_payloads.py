@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from cliptune_server.engine import payload as engine_side
 from cliptune_server.engine.payload import Payload, pictures
 from cliptune_server.inference import payloads as daemon_side
 from cliptune_server.inference.engine_process import EngineConfig, EngineProcess
+from cliptune_server.inference.engines import _socket_folder
 from cliptune_server.inference.payloads import Payloads
 from tests.support import images
 
@@ -140,6 +144,24 @@ async def test_a_folder_that_cannot_be_written_leaves_the_socket(tmp_path: Path)
             assert message is request
             assert metadata == ()
     assert payloads.passed == 0
+
+
+def test_files_of_a_daemon_that_was_killed_are_swept_away_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with tempfile.TemporaryDirectory(
+        prefix="ct-"
+    ) as short:  # a socket's path holds about a hundred characters
+        monkeypatch.setattr(tempfile, "tempdir", short)
+        mine, stale = (Path(short) / f"cliptune-engine-{pid}-x" for pid in (os.getpid(), ended.pid))
+        for folder in (mine, stale):
+            folder.mkdir()
+            (folder / "payload-1-1").write_bytes(bytes(100))
+        new = _socket_folder()
+        assert {mine, new} == set(Path(short).iterdir())
+        assert left_in(mine)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x01", b"\x02" + bytes(7) + b"\xff" * 16, bytes(8) + b"more"])
